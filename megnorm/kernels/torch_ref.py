@@ -1,0 +1,191 @@
+"""The reference of every operation in plain PyTorch: it defines the meaning, and runs on every device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megnorm.kernels.registry import Need, offer
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def _serves_all(need: Need) -> None:
+    return None
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of statistics: fp32 for low precision, else the tensor's own."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, statistics in fp32.
+
+    reduce sums a statistic over the ranks that share the axis; share is what this rank's sum counts (1 / replicas).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
+    ) -> Tensor:
+        x32 = x.to(wide(x))
+        squares = reduce(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(share))
+        rstd = squares.div_(n).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.n, ctx.share, ctx.reduce = n, share, reduce
+        if weight is None:
+            return (x32 * rstd).to(x.dtype)
+        if cast_first:
+            return (x32 * rstd).to(x.dtype) * weight.to(x.dtype)
+        return (x32 * rstd * weight.to(x32.dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        xh = x.to(rstd.dtype) * rstd
+        g = grad.to(rstd.dtype)
+        dweight = None
+        if weight is not None:
+            dweight = (g * xh).flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
+            g = g * weight.to(rstd.dtype)
+        mean = ctx.reduce((g * xh).sum(-1, keepdim=True)).mul_(ctx.share / ctx.n)
+        dx = torch.addcmul(g, xh, mean, value=-1.0).mul_(rstd)
+        return dx.to(x.dtype), dweight, None, None, None, None, None
+
+
+class _ShardedLayerNorm(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias, the last axis spread over ranks. Two passes, never E[x^2] - m^2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, n: int, share: float, reduce: Reduce
+    ) -> Tensor:
+        x32 = x.to(wide(x))
+        mean = reduce(x32.sum(-1, keepdim=True).mul_(share)).div_(n)
+        centred = x32 - mean
+        var = reduce(centred.square().sum(-1, keepdim=True).mul_(share)).div_(n)
+        rstd = var.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.n, ctx.share, ctx.reduce = n, share, reduce
+        y = centred.mul_(rstd)
+        if weight is not None:
+            y = y * weight.to(y.dtype)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        xh = (x.to(rstd.dtype) - mean) * rstd
+        g = grad.to(rstd.dtype)
+        dweight = dbias = None
+        if bias is not None:
+            dbias = g.flatten(0, -1 - bias.dim()).sum(0).to(bias.dtype)
+        if weight is not None:
+            dweight = (g * xh).flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
+            g = g * weight.to(rstd.dtype)
+        sums = torch.cat([g.sum(-1, keepdim=True), (g * xh).sum(-1, keepdim=True)], -1)
+        means = ctx.reduce(sums).mul_(ctx.share / ctx.n)
+        dx = (g - means[..., :1] - xh * means[..., 1:]) * rstd
+        return dx.to(x.dtype), dweight, dbias, None, None, None, None
+
+
+def _length(x: Tensor, share: float, reduce: Reduce) -> Tensor:
+    """Euclidean length over the last axis, across ranks; differentiable when reduce is."""
+    return reduce(x.square().sum(-1, keepdim=True) * share).sqrt().clamp_min(1e-30)
+
+
+@offer("norm", "torch", 0, _serves_all)
+def make_norm(need: Need) -> Callable[..., Tensor]:
+    """fn(x, params, *, eps, cast_first, n, share, reduce) -> like x.
+
+    x [..., n / ranks] (or [..., heads, hd]); params: weight, bias, alpha, shift, beta by name, those the kind has.
+    n: the global width. share, reduce: see _RMSNorm; for kinds other than rmsnorm and layernorm reduce must be
+    differentiable (its gradient is the same sum).
+    """
+
+    def layernorm(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+        weight, bias = p.get("weight"), p.get("bias")
+        if need.sharded or (weight is not None and weight.dim() > 1):
+            return _ShardedLayerNorm.apply(x, weight, bias, eps, n, share, reduce)
+        if weight is None and bias is not None:
+            return F.layer_norm(x, (n,), None, None, eps) + bias
+        return F.layer_norm(x, (n,), weight, bias, eps)
+
+    def rmsnorm(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+        y = _RMSNorm.apply(x, p.get("weight"), eps, cast_first, n, share, reduce)
+        return y if "bias" not in p else y + p["bias"]
+
+    def unit(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+        x32 = x.to(wide(x))
+        factor = float(n) ** 0.5 if need.kind == "scalenorm" else 1.0
+        y = (x32 * (factor / _length(x32, share, reduce))).to(x.dtype)
+        return _affine(y, p)
+
+    def pointwise(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+        inside = p["alpha"] * x
+        return _affine(torch.tanh(inside) if need.kind == "dyt" else torch.erf(inside + p["shift"]), p)
+
+    def seednorm(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+        x32 = x.to(wide(x))
+        rms = (reduce(x32.square().sum(-1, keepdim=True) * share) / n + eps).rsqrt()
+        gate = torch.tanh(reduce((x32 * p["beta"]).sum(-1, keepdim=True) * share))
+        return ((p["alpha"] * gate + p["weight"]) * (x32 * rms)).to(x.dtype)
+
+    made = {"layernorm": layernorm, "rmsnorm": rmsnorm, "l2": unit, "scalenorm": unit, "dyt": pointwise}
+    return {**made, "derf": pointwise, "seednorm": seednorm}[need.kind]
+
+
+def _affine(y: Tensor, p: dict[str, Tensor]) -> Tensor:
+    if "weight" in p:
+        y = y * p["weight"]
+    return y + p["bias"] if "bias" in p else y
+
+
+@offer("attention", "torch", 0, _serves_all)
+def make_attention(need: Need) -> Callable[..., Tensor]:
+    """fn(q [s, b, h, hd], k, v [t, b, kv, hd], mask, causal, dropout, scale) -> [s, b, h, hd]. mask [b, 1, s, t]: True may look."""
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None
+    ) -> Tensor:
+        out = F.scaled_dot_product_attention(
+            q.permute(1, 2, 0, 3),
+            k.permute(1, 2, 0, 3),
+            v.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.permute(2, 0, 1, 3)
+
+    return attention
+
+
+@offer("activation", "torch", 0, _serves_all)
+def make_activation(need: Need) -> Callable[[Tensor], Tensor]:
+    """fn(x) -> like x, by name."""
+    return {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+        "relu_squared": lambda x: F.relu(x).square(),
+        "silu": F.silu,
+    }[need.kind]
+
+
+@offer("rope", "torch", 0, _serves_all)
+def make_rope(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """fn(x [s, b, h, hd], cos, sin [s, 1|b, 1, hd/2]) -> like x; halves are turned against each other (Llama's form)."""
+
+    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    return rope

@@ -1,0 +1,85 @@
+"""Self-attention as a sub-layer: projections, norms inside, softmax, output projection."""
+
+import torch
+from torch import Tensor
+
+from megnorm.layers.env import Context, Env
+from megnorm.layers.linear import ColumnParallelLinear, Out, RowParallelLinear, Share
+from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.sublayer import SubLayer
+from megnorm.models.config import ModelConfig
+from megnorm.norms import scheme
+from megnorm.parallel.layout import Layout, Matrix, parameter
+
+
+class SelfAttention(SubLayer):
+    """Multi-head attention with grouped key/value heads: [s, b, d] -> [s, b, d].
+
+    q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
+    """
+
+    def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env) -> None:
+        super().__init__(spec, cfg.width, cfg.dropout, env)
+        h, kv, hd = cfg.heads, cfg.kv, cfg.hd
+        self.hd, self.heads = hd, h
+        self.qkv = ColumnParallelLinear(
+            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.bias
+        )
+        self.q_norm = norm_or_identity(spec.q, "q", h, hd, env)
+        self.k_norm = norm_or_identity(spec.k, "k", kv, hd, env)
+        self.v_norm = norm_or_identity(spec.v, "v", kv, hd, env)
+        self.context_norm = norm_or_identity(spec.context, "context", h, hd, env)
+        self.o = RowParallelLinear(h * hd, cfg.width, "o", env, bias=cfg.bias)
+        self.scale_place = spec.head_scale
+        if spec.head_scale is not None:
+            self.head_scale = parameter(*_head_scale(spec.head_scale, h, env))
+        self.attention_dropout, self.rng = cfg.attention_dropout, env.rng
+        self.attend = env.kernel("attention", head_dim=hd, dropout=cfg.attention_dropout > 0)
+        self.rope = env.kernel("rope")
+
+    def body(self, u: Tensor, context: Context) -> Tensor:
+        q, k, v = self.qkv(u)
+        q = self.q_norm(q).unflatten(-1, (-1, self.hd))
+        k = self.k_norm(k).unflatten(-1, (-1, self.hd))
+        v = self.v_norm(v).unflatten(-1, (-1, self.hd))
+        if context.rope is not None:
+            q, k = self.rope(q, *context.rope), self.rope(k, *context.rope)
+        y = self.context_norm(self._attend(q, k, v, context).flatten(2))
+        if self.scale_place == "pre_projection":
+            y = (y.unflatten(-1, (-1, self.hd)) * self.head_scale[:, None]).flatten(2)
+        y = self.o(y)
+        if self.scale_place == "post_projection":
+            y = (y.unflatten(-1, (self.heads, -1)) * self.head_scale[:, None]).flatten(2)
+        return y
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        p = self.attention_dropout if self.training else 0.0
+        if p == 0.0:
+            return self.attend(q, k, v, context.mask, context.causal, 0.0, None)
+        with self.rng.as_default(local=True):
+            return self.attend(q, k, v, context.mask, context.causal, p, None)
+
+
+def _head_scale(place: str, heads: int, env: Env) -> tuple[Tensor, Layout]:
+    """One scalar a head: split with the heads before W_o, whole after it (norms/sites.py)."""
+    if place == "pre_projection":
+        share = Share.of(heads, env.mesh)
+        held = Matrix("", "scale", (heads,), (share.first,), (share.count,))
+        return env.full((share.count,), 1.0), Layout((held,))
+    partial = "tp" if env.mesh.sequence_parallel else None
+    whole = Layout.whole((heads,), "scale", grad_sum=partial, owner=env.mesh.tp.rank == 0)
+    return env.full((heads,), 1.0), whole
+
+
+def attention_mask(tokens: Tensor, padding_id: int | None) -> Tensor | None:
+    """[b, 1, s, s] bool for tokens [s, b]: causal, and nobody looks at padding; None without a padding token.
+
+    A row that could look at nothing (padding before the first token) looks at itself, so that softmax stays finite.
+    """
+    if padding_id is None:
+        return None
+    s = tokens.shape[0]
+    causal = torch.ones(s, s, dtype=torch.bool, device=tokens.device).tril()
+    mask = causal & (tokens != padding_id).t()[:, None, None, :]
+    blind = ~mask.any(-1, keepdim=True)
+    return mask | (blind & torch.eye(s, dtype=torch.bool, device=tokens.device))

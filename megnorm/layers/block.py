@@ -1,0 +1,27 @@
+"""A transformer layer: the sub-layers of one resolved Layer."""
+
+from torch import Tensor, nn
+
+from megnorm.layers.attention import SelfAttention
+from megnorm.layers.env import Context, Env
+from megnorm.layers.ffn import FeedForward
+from megnorm.models.config import ModelConfig
+from megnorm.norms import scheme
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward: [s, b, d] -> [s, b, d]. With ``parallel_block`` both read the layer's input."""
+
+    def __init__(self, layer: scheme.Layer, cfg: ModelConfig, env: Env) -> None:
+        super().__init__()
+        self.parallel = cfg.parallel_block
+        self.attention = SelfAttention(layer.attention, cfg, env)
+        self.ffn = FeedForward(layer.ffn, cfg, env)
+        for name in ("skip", "branch"):
+            mine, other = getattr(layer.ffn.residual, name), getattr(layer.attention.residual, name)
+            if mine.shared and other.shared and mine.learned is not None:
+                setattr(self.ffn.residual, name, getattr(self.attention.residual, name))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = self.attention(x, context, layer_input=x)
+        return self.ffn(y, context, layer_input=x, read=x if self.parallel else None)

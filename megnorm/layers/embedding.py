@@ -1,0 +1,122 @@
+"""Token and position embedding, and the output head, over a vocabulary split across tp ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megnorm.layers.env import Env
+from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.rope import sinusoid_table
+from megnorm.layers.sublayer import Dropout
+from megnorm.models.config import ModelConfig
+from megnorm.norms.scheme import Norm
+from megnorm.parallel.collectives import copy_to, gather_sequence, scatter_sequence, slice_sequence, sum_from
+from megnorm.parallel.layout import Layout, Matrix, parameter
+from megnorm.parallel.mesh import Axis
+
+
+def vocabulary_matrix(role: str, cfg: ModelConfig, padded: int, tp: Axis, *, width: int | None) -> tuple[Matrix, int]:
+    """This rank's rows of a [v, width] (or [v]) matrix stored with ``padded`` rows; also the rows it stores."""
+    rows = padded // tp.size
+    first = min(tp.rank * rows, cfg.vocab_size)
+    held = min(rows, cfg.vocab_size - first)
+    tail = () if width is None else (width,)
+    return Matrix("", role, (cfg.vocab_size, *tail), (first, *(0 for _ in tail)), (held, *tail)), rows
+
+
+class TokenEmbedding(nn.Module):
+    """tokens [s, b] -> [s, b, d] ([s/tp, b, d] with sequence parallelism); rows of the vocabulary split over tp."""
+
+    def __init__(self, cfg: ModelConfig, padded_vocab: int, env: Env) -> None:
+        super().__init__()
+        self.mesh = env.mesh
+        matrix, rows = vocabulary_matrix("embed", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
+        self.first, self.rows, self.padding_id = env.mesh.tp.rank * rows, rows, cfg.padding_id
+        self.weight = parameter(env.full((rows, cfg.width), 0.0), Layout((matrix,)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.mesh.tp.size == 1:
+            return F.embedding(tokens, self.weight, padding_idx=self.padding_id)
+        local = tokens - self.first
+        mine = (local >= 0) & (local < self.rows)
+        if self.padding_id is not None:
+            mine = mine & (tokens != self.padding_id)
+        x = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine[..., None].to(self.weight.dtype)
+        return scatter_sequence(x, self.mesh.tp) if self.mesh.sequence_parallel else sum_from(x, self.mesh.tp)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned table [max_positions, d] or fairseq's sinusoids, for positions [s] or [s, b]; padding (-1) gets zero."""
+
+    def __init__(self, cfg: ModelConfig, env: Env) -> None:
+        super().__init__()
+        self.mesh, self.padded = env.mesh, cfg.padding_id is not None
+        if cfg.positions == "learned":
+            partial = "tp" if env.mesh.sequence_parallel else None
+            shape = (cfg.max_positions, cfg.width)
+            layout = Layout.whole(shape, "position", grad_sum=partial, owner=env.mesh.tp.rank == 0)
+            self.weight = parameter(env.empty(*shape), layout)
+        else:
+            first = 1 if cfg.padding_id is None else cfg.padding_id + 1
+            table = sinusoid_table(cfg.max_positions, cfg.width, first).to(env.device)
+            self.register_buffer("table", table, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """-> [s, 1, d] or [s, b, d], sliced to this rank's rows with sequence parallelism."""
+        positions = slice_sequence(positions, self.mesh.sp)
+        if positions.dim() == 1:
+            positions = positions[:, None]
+        rows = F.embedding(positions.clamp_min(0), self.weight if hasattr(self, "weight") else self.table)
+        return rows * (positions >= 0)[..., None].to(rows.dtype) if self.padded else rows
+
+
+class Embedding(nn.Module):
+    """tokens [s, b], positions -> the residual stream: token * scale + position, embedding norm, dropout."""
+
+    def __init__(self, cfg: ModelConfig, norm: Norm | None, padded_vocab: int, env: Env) -> None:
+        super().__init__()
+        self.token = TokenEmbedding(cfg, padded_vocab, env)
+        self.position = PositionEmbedding(cfg, env) if cfg.positions in ("learned", "sinusoidal") else None
+        self.norm = norm_or_identity(norm, "embedding", 1, cfg.width, env)
+        self.dropout = Dropout(cfg.dropout, env, local=env.mesh.sequence_parallel)
+        self.scale = cfg.width**0.5 if cfg.embedding_scale == "sqrt_width" else float(cfg.embedding_scale)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.token(tokens)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.position is not None:
+            x = x + self.position(positions).to(x.dtype)
+        return self.dropout(self.norm(x))
+
+
+class Head(nn.Module):
+    """[s, b, d] -> this rank's logits [s, b, padded v / tp]. tied: the token embedding's weight, else an own one."""
+
+    def __init__(self, cfg: ModelConfig, padded_vocab: int, env: Env, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.mesh = env.mesh
+        matrix, rows = vocabulary_matrix("head", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
+        self.first, self.logical = matrix.offset[0], matrix.local[0]
+        self.weight = parameter(env.full((rows, cfg.width), 0.0), Layout((matrix,))) if tied is None else tied
+        self.bias: nn.Parameter | None = None
+        if cfg.head_bias:
+            held, _ = vocabulary_matrix("bias", cfg, padded_vocab, env.mesh.tp, width=None)
+            self.bias = parameter(env.full((rows,), 0.0), Layout((held,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tp = self.mesh.tp
+        x = gather_sequence(x, tp) if self.mesh.sequence_parallel else copy_to(x, tp)
+        return F.linear(x, self.weight, self.bias)
+
+
+def full_logits(local: Tensor, head: Head, vocab_size: int) -> Tensor:
+    """Local logits of every rank -> [s, b, v] without padding, on every rank; no gradient. For evaluation and tests."""
+    from megnorm.parallel.collectives import all_gather
+
+    tp = head.mesh.tp
+    gathered = all_gather(local.movedim(-1, 0).contiguous(), tp).movedim(0, -1)
+    return gathered[..., :vocab_size]
+
+
+__all__ = ["Embedding", "Head", "full_logits", "torch"]

@@ -1,0 +1,48 @@
+"""What every layer is built with, and what every layer is called with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megnorm.kernels import registry
+from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.rng import DropoutRng
+
+
+@dataclass(frozen=True)
+class Env:
+    """Where and of what a layer is built: mesh, dtype of parameters, preferred kernels, dropout's random streams."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+    dtype: torch.dtype = torch.float32
+    prefer: Mapping[str, str] = field(default_factory=dict)
+    rng: DropoutRng = field(default_factory=lambda: DropoutRng(torch.device("cpu")))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
+
+    def kernel(self, op: str, **detail: Any) -> Callable[..., Any]:
+        """The implementation of ``op`` chosen for this device and dtype."""
+        return registry.choose(registry.Need(op, self.device.type, self.dtype, **detail), self.prefer)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def full(self, shape: tuple[int, ...], value: float) -> Tensor:
+        return torch.full(shape, value, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one forward pass of the blocks shares.
+
+    rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] bool, True may look; None: causal alone.
+    """
+
+    rope: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    causal: bool = True

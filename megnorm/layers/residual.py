@@ -1,0 +1,52 @@
+"""Residual rules: how a branch returns to the stream. "add" is the rule of every scheme with one static stream."""
+
+import torch
+from torch import Tensor, nn
+
+from megnorm.layers.env import Env
+from megnorm.norms.scheme import Residual, Scale
+from megnorm.parallel.layout import Layout, parameter
+
+
+class Add(nn.Module):
+    """skip * r + branch * y [+ layer input], r the stream or the input norm's output.
+
+    A learned factor is a parameter ``skip`` or ``branch``, a scalar [1] or a vector [d].
+    """
+
+    def __init__(self, residual: Residual, width: int, env: Env) -> None:
+        super().__init__()
+        self.source, self.layer_input = residual.source, residual.layer_input
+        self.skip = _factor(residual.skip, width, env)
+        self.branch = _factor(residual.branch, width, env)
+
+    def forward(self, stream: Tensor, u: Tensor, y: Tensor, layer_input: Tensor) -> Tensor:
+        """stream, u (the input norm's output), y (the branch) and layer_input, all [s, b, d] -> [s, b, d]."""
+        r = u if self.source == "input" else stream
+        if isinstance(self.skip, float) and self.branch == 1.0:
+            out = torch.add(y, r, alpha=self.skip)
+        elif isinstance(self.branch, float):
+            out = torch.add(r if self.skip == 1.0 else r * self.skip, y, alpha=self.branch)
+        else:
+            out = torch.addcmul(r if self.skip == 1.0 else r * self.skip, self.branch, y)
+        return out + layer_input if self.layer_input else out
+
+
+RULES: dict[str, type[Add]] = {"add": Add}
+
+
+def residual_rule(residual: Residual, width: int, env: Env) -> Add:
+    """The module of a resolved Residual. Raises ValueError for a rule that has no module."""
+    if residual.rule not in RULES:
+        raise ValueError(f"residual.rule: no rule '{residual.rule}'; there is {', '.join(RULES)}")
+    return RULES[residual.rule](residual, width, env)
+
+
+def _factor(scale: Scale, width: int, env: Env) -> float | nn.Parameter:
+    value = float(scale.value)  # type: ignore[arg-type]
+    if scale.learned is None:
+        return value
+    shape = (width,) if scale.learned == "width" else (1,)
+    partial = "tp" if env.mesh.sequence_parallel else None
+    layout = Layout.whole(shape, "scale", grad_sum=partial, owner=env.mesh.tp.rank == 0)
+    return parameter(env.full(shape, value), layout)

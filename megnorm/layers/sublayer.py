@@ -1,0 +1,49 @@
+"""The one place where norms, a branch and the residual stream meet."""
+
+import torch
+from torch import Tensor, nn
+
+from megnorm.layers.env import Context, Env
+from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.residual import residual_rule
+from megnorm.norms import scheme
+
+
+class Dropout(nn.Module):
+    """Zero elements with probability p and scale the rest by 1 / (1 - p); the mask comes from a stream of ``Env.rng``."""
+
+    def __init__(self, p: float, env: Env, *, local: bool) -> None:
+        super().__init__()
+        self.p, self.stream = p, env.rng.stream(local)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self.stream)
+        return x * keep.div_(1.0 - self.p)
+
+
+class SubLayer(nn.Module):
+    """A residual sub-layer: x' = post(skip * r + branch * output(F(input(x)))).
+
+    stream [s, b, d] -> same ([s/tp, b, d] with sequence parallelism). Subclasses bring the branch F as ``body``.
+    """
+
+    def __init__(self, spec: scheme.SubLayer, width: int, dropout: float, env: Env) -> None:
+        super().__init__()
+        self.input_norm = norm_or_identity(spec.input, "input", 1, width, env)
+        self.output_norm = norm_or_identity(spec.output, "output", 1, width, env)
+        self.post_norm = norm_or_identity(spec.post, "post", 1, width, env)
+        self.residual = residual_rule(spec.residual, width, env)
+        self.dropout = Dropout(dropout, env, local=env.mesh.sequence_parallel)
+
+    def body(self, u: Tensor, context: Context) -> Tensor:
+        """The branch F: [s, b, d] -> [s, b, d]."""
+        raise NotImplementedError
+
+    def forward(self, stream: Tensor, context: Context, *, layer_input: Tensor, read: Tensor | None = None) -> Tensor:
+        """layer_input: the stream at the start of the layer. read: what F reads; None: the stream itself."""
+        x = stream if read is None else read
+        u = self.input_norm(x)
+        y = self.dropout(self.output_norm(self.body(u, context)))
+        return self.post_norm(self.residual(stream, u, y, layer_input))

@@ -1,0 +1,77 @@
+"""The causal language model: embedding, blocks, final norm, head, as the slice that one pipeline stage holds."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megnorm.layers.attention import attention_mask
+from megnorm.layers.block import Block
+from megnorm.layers.embedding import Embedding, Head, full_logits
+from megnorm.layers.env import Context, Env
+from megnorm.layers.init import initialize
+from megnorm.layers.loss import cross_entropy
+from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.rope import rope_table, token_positions
+from megnorm.models.config import ModelConfig
+from megnorm.norms.resolve import Resolved, resolve
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Input of one micro-batch. tokens, labels [s, b] int64; loss_mask [s, b] float; positions [s, b] or None."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor | None = None
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model."""
+
+    def __init__(self, cfg: ModelConfig, resolved: Resolved, padded_vocab: int, env: Env) -> None:
+        super().__init__()
+        self.cfg, self.env = cfg, env
+        self.embed = Embedding(cfg, resolved.embedding, padded_vocab, env)
+        self.blocks = nn.ModuleDict({str(i): Block(layer, cfg, env) for i, layer in enumerate(resolved.layers)})
+        self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
+        self.head = Head(cfg, padded_vocab, env, self.embed.token.weight if cfg.tied_head else None)
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens [s, b] -> the stream after the final norm, [s, b, d] ([s/tp, b, d] with sequence parallelism)."""
+        where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
+        x = self.embed(tokens, where)
+        rope = None
+        if self.cfg.positions == "rotary":
+            rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
+        context = Context(rope, attention_mask(tokens, self.cfg.padding_id))
+        for block in self.blocks.values():
+            x = block(x, context)
+        return self.final_norm(x)
+
+    def forward(self, batch: Tokens) -> Tensor:
+        """Sum of the masked token losses, a scalar in fp32 (fp64 for fp64)."""
+        logits = self.head(self.hidden(batch.tokens, batch.positions))
+        losses = cross_entropy(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
+        return (losses * batch.loss_mask).sum()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[s, b, v] on every rank, without padding rows; no gradient."""
+        return full_logits(self.head(self.hidden(tokens, positions)), self.head, self.cfg.vocab_size)
+
+
+def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
+    """Rows stored for a vocabulary: the least multiple of ``multiple * tp`` that holds it."""
+    step = multiple * tp
+    return -(-vocab_size // step) * step
+
+
+def build_model(cfg: ModelConfig, env: Env | None = None, *, seed: int = 0, vocab_multiple: int = 64) -> CausalLM:
+    """The model of a config with its initial weights; ``env`` None: one process, fp32, CPU."""
+    env = env or Env()
+    resolved = resolve(cfg.norm, cfg.layers)
+    model = CausalLM(cfg, resolved, padded_vocabulary(cfg.vocab_size, vocab_multiple, env.mesh.tp.size), env)
+    initialize(model, cfg, resolved, seed)
+    return model

@@ -1,0 +1,77 @@
+"""Options of a model: sizes, positions, activation, initialization."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megnorm.norms.config import NormConfig
+
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Base initialization; a scheme may bring its own distribution for hidden matrices and a gain by role.
+
+    distribution: of hidden matrices (q, k, v, o, up, gate, down). normal and truncated_normal (at 3 std) use std;
+    xavier_normal and xavier_uniform use each logical matrix's own fans; uniform_fan_in is U(+-1/sqrt(fan_in)).
+    std None: 0.02. depth_scaled: divide o and down by sqrt(2 L). embedding_std, head_std None: std.
+    seed: None takes train.seed. device: where weights are drawn; "cpu" gives the same weights on every machine.
+    """
+
+    distribution: Literal["normal", "truncated_normal", "xavier_normal", "xavier_uniform", "uniform_fan_in"] = "normal"
+    std: float | None = None
+    depth_scaled: bool = False
+    embedding_std: float | None = None
+    position_std: float | None = None
+    head_std: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer. Letters: d = width, h = heads, kv = kv_heads, hd = head_dim, f = ffn, v = vocab_size.
+
+    kv_heads None: heads. head_dim None: width // heads. ffn: width of the FFN (of each half where gated).
+    max_positions: rows of the learned position table, and the longest sequence the model takes.
+    positions: "rotary" turns halves (Llama); "sinusoidal" is fairseq's table; with padding_id set, learned and sinusoidal
+    positions count real tokens only and padding gets none, and attention does not look at padding.
+    embedding_scale: factor on token embeddings, a number or "sqrt_width". tied_head: head = token embedding.
+    bias: on every linear layer of the blocks; head_bias: on the head. vocab_size is logical: storage is padded for speed
+    and tensor parallelism, and the padding never shows. parallel_block: x + A(..) + F(..), both branches reading x.
+    """
+
+    family: Literal["causal"] = "causal"
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn: int = 3072
+    vocab_size: int = 50257
+    max_positions: int = 1024
+    activation: Literal[
+        "gelu", "gelu_tanh", "relu", "relu_squared", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"
+    ] = "swiglu"
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "rotary"
+    rope_theta: float = 10000.0
+    padding_id: int | None = None
+    embedding_scale: float | Literal["sqrt_width"] = 1.0
+    tied_head: bool = False
+    bias: bool = False
+    head_bias: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    parallel_block: bool = False
+    norm: NormConfig = field(default_factory=NormConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+    @property
+    def hd(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED

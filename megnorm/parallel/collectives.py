@@ -1,0 +1,123 @@
+"""Collectives over a mesh axis, with their gradients. Every one is the identity on an axis of size 1.
+
+Activations are [s, b, ...]; with sequence parallelism dimension 0 is split over the axis, contiguous for both
+collectives below.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megnorm.parallel.mesh import Axis
+
+
+def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Sum (or other reduction) of x over the axis, in place; no gradient."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """[n, ...] of every rank -> [n * size, ...] in rank order; no gradient."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """[n * size, ...] on every rank -> this rank's [n, ...] of the sum; no gradient."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def own_slice(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of dimension 0; no gradient."""
+    n = x.shape[0] // axis.size
+    return x.narrow(0, axis.rank * n, n)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous(), ctx.axis), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, partial: bool) -> Tensor:
+        ctx.axis, ctx.partial = axis, partial
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (reduce_scatter if ctx.partial else own_slice)(grad, ctx.axis), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return own_slice(x, axis).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Identity; gradients are summed over the axis (the input of a column-parallel layer)."""
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
+def sum_from(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis; the gradient passes unchanged (the output of a row-parallel layer)."""
+    return x if axis.size == 1 else _Sum.apply(x, axis)
+
+
+def gather_sequence(x: Tensor, axis: Axis, *, partial: bool = True) -> Tensor:
+    """[s/n, ...] -> [s, ...]; gradients are summed and scattered if every rank's is ``partial``, else sliced."""
+    return x if axis.size == 1 else _Gather.apply(x, axis, partial)
+
+
+def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """Partial sums [s, ...] -> the sum's [s/n, ...]; gradients are gathered."""
+    return x if axis.size == 1 else _Scatter.apply(x, axis)
+
+
+def slice_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """The same [s, ...] on every rank -> this rank's [s/n, ...]; gradients are gathered."""
+    return x if axis.size == 1 else _Slice.apply(x, axis)

@@ -1,0 +1,107 @@
+"""What lies in a parameter: the logical matrices of a physical tensor, and where each is held.
+
+One GEMM reads one contiguous tensor (q, k and v together; gate and up together). Initialization, optimizers, probes,
+checkpoints and conversion must never see that: they read the tensor through ``views`` as named logical matrices. Nobody
+outside this file knows how matrices are packed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One logical tensor (matrix or vector) and the slice of it that this rank holds.
+
+    name: "" if the parameter is this matrix alone (its logical name is then the module path), else the name under the
+    owning module's parent: the "q" of ``blocks.0.attention.qkv.weight`` is ``blocks.0.attention.q.weight``.
+    role: embed | position | q | k | v | o | up | gate | down | router | head, or "norm", "bias", "scale".
+    shape: global. offset, local: where this rank's slice begins in it, and the slice's shape.
+    dim, start: the slice lies in the storage at ``storage.narrow(dim, start, local[dim])``.
+    grad_sum: the mesh axis over which gradients of this slice are partial sums ("tp", "kv") or None.
+    owner: exactly one of the ranks of a tensor-parallel group that hold a slice owns it: it counts it in norms and
+    writes it to checkpoints.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    local: tuple[int, ...]
+    dim: int = 0
+    start: int = 0
+    grad_sum: str | None = None
+    owner: bool = True
+
+    def view(self, storage: Tensor) -> Tensor:
+        """The slice inside ``storage``; no copy."""
+        if self.start == 0 and tuple(storage.shape) == self.local:
+            return storage
+        return storage.narrow(self.dim, self.start, self.local[self.dim])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The matrices of one parameter, in storage order."""
+
+    matrices: tuple[Matrix, ...]
+
+    @staticmethod
+    def whole(shape: tuple[int, ...], role: str, *, grad_sum: str | None = None, owner: bool = True) -> "Layout":
+        """A parameter that every rank of the tensor-parallel group holds whole."""
+        return Layout((Matrix("", role, shape, (0,) * len(shape), shape, grad_sum=grad_sum, owner=owner),))
+
+
+def parameter(storage: Tensor, layout: Layout) -> nn.Parameter:
+    """A parameter that carries its layout; ``layout_of`` reads it."""
+    param = nn.Parameter(storage)
+    param.megnorm_layout = layout  # type: ignore[attr-defined]
+    return param
+
+
+def layout_of(param: Tensor) -> Layout:
+    layout = getattr(param, "megnorm_layout", None)
+    assert isinstance(layout, Layout), "every parameter of a megnorm model is made by parallel.layout.parameter"
+    return layout
+
+
+def views(param: Tensor, storage: Tensor | None = None) -> list[tuple[Matrix, Tensor]]:
+    """(matrix, view) for each logical matrix of ``param``, inside ``storage`` of the same shape (default: param)."""
+    tensor = param.detach() if storage is None else storage
+    return [(matrix, matrix.view(tensor)) for matrix in layout_of(param).matrices]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A logical matrix of a model under its global name, e.g. ``blocks.17.ffn.up.weight``."""
+
+    name: str
+    matrix: Matrix
+    param: nn.Parameter
+
+    def view(self, storage: Tensor | None = None) -> Tensor:
+        return self.matrix.view(self.param.detach() if storage is None else storage)
+
+
+def named_matrices(model: nn.Module) -> Iterator[Named]:
+    """Every logical matrix of ``model``, once, in module order."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
+            for matrix in layout_of(param).matrices:
+                parent = path.rpartition(".")[0]
+                parts = (parent, matrix.name, attribute) if matrix.name else (path, attribute)
+                yield Named(".".join(part for part in parts if part), matrix, param)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Logical elements that this rank owns (summed over a tensor-parallel group: the model's)."""
+    return sum(
+        torch.Size(named.matrix.local).numel() for named in named_matrices(model) if named.matrix.owner
+    )
