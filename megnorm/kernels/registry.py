@@ -60,9 +60,7 @@ def offer(op: str, backend: str, priority: int, refuse: Callable[[Need], str | N
 
 
 def offers(op: str | None = None) -> list[Offer]:
-    """All offers (for one operation), best first."""
-    from megnorm.kernels import torch_ref  # noqa: F401  (registers the reference)
-
+    """All offers (for one operation), best first, of the backends imported so far (kernels/backends.py imports all)."""
     return sorted((o for o in _offers if op in (None, o.op)), key=lambda o: -o.priority)
 
 

@@ -61,7 +61,14 @@ class _ShardedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, n: int, share: float, reduce: Reduce
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        n: int,
+        share: float,
+        reduce: Reduce,
     ) -> Tensor:
         x32 = x.to(wide(x))
         mean = reduce(x32.sum(-1, keepdim=True).mul_(share)).div_(n)
@@ -95,8 +102,8 @@ class _ShardedLayerNorm(torch.autograd.Function):
 
 
 def _length(x: Tensor, share: float, reduce: Reduce) -> Tensor:
-    """Euclidean length over the last axis, across ranks; differentiable when reduce is."""
-    return reduce(x.square().sum(-1, keepdim=True) * share).sqrt().clamp_min(1e-30)
+    """Euclidean length over the last axis, across ranks; differentiable when reduce is. Clamped so that 0 has gradient 0."""
+    return reduce(x.square().sum(-1, keepdim=True) * share).clamp_min(1e-30).sqrt()
 
 
 @offer("norm", "torch", 0, _serves_all)
@@ -108,7 +115,9 @@ def make_norm(need: Need) -> Callable[..., Tensor]:
     differentiable (its gradient is the same sum).
     """
 
-    def layernorm(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+    def layernorm(
+        x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
+    ):  # type: ignore[no-untyped-def]
         weight, bias = p.get("weight"), p.get("bias")
         if need.sharded or (weight is not None and weight.dim() > 1):
             return _ShardedLayerNorm.apply(x, weight, bias, eps, n, share, reduce)
@@ -126,11 +135,15 @@ def make_norm(need: Need) -> Callable[..., Tensor]:
         y = (x32 * (factor / _length(x32, share, reduce))).to(x.dtype)
         return _affine(y, p)
 
-    def pointwise(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+    def pointwise(
+        x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
+    ):  # type: ignore[no-untyped-def]
         inside = p["alpha"] * x
         return _affine(torch.tanh(inside) if need.kind == "dyt" else torch.erf(inside + p["shift"]), p)
 
-    def seednorm(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+    def seednorm(
+        x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
+    ):  # type: ignore[no-untyped-def]
         x32 = x.to(wide(x))
         rms = (reduce(x32.square().sum(-1, keepdim=True) * share) / n + eps).rsqrt()
         gate = torch.tanh(reduce((x32 * p["beta"]).sum(-1, keepdim=True) * share))
@@ -148,24 +161,33 @@ def _affine(y: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 @offer("attention", "torch", 0, _serves_all)
 def make_attention(need: Need) -> Callable[..., Tensor]:
-    """fn(q [s, b, h, hd], k, v [t, b, kv, hd], mask, causal, dropout, scale) -> [s, b, h, hd]. mask [b, 1, s, t]: True may look."""
+    """fn(q [s, b, h, hd], k, v [s, b, kv, hd], *, mask, documents, dropout) -> [s, b, h, hd], causal.
+
+    mask [b, 1, s, s]: True may look (causality included); None: causal. documents: lengths of packed documents, b = 1.
+    """
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None
+        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float
     ) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            q.permute(1, 2, 0, 3),
-            k.permute(1, 2, 0, 3),
-            v.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=causal and mask is None,
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.permute(2, 0, 1, 3)
+        if documents is not None:
+            parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
+            return torch.cat([_softmax_attention(*part, None, dropout) for part in parts])
+        return _softmax_attention(q, k, v, mask, dropout)
 
     return attention
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q.permute(1, 2, 0, 3),
+        k.permute(1, 2, 0, 3),
+        v.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.permute(2, 0, 1, 3)
 
 
 @offer("activation", "torch", 0, _serves_all)

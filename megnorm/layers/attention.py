@@ -1,5 +1,7 @@
 """Self-attention as a sub-layer: projections, norms inside, softmax, output projection."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -54,10 +56,8 @@ class SelfAttention(SubLayer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         p = self.attention_dropout if self.training else 0.0
-        if p == 0.0:
-            return self.attend(q, k, v, context.mask, context.causal, 0.0, None)
-        with self.rng.as_default(local=True):
-            return self.attend(q, k, v, context.mask, context.causal, p, None)
+        with self.rng.as_default(local=True) if p > 0.0 else nullcontext():
+            return self.attend(q, k, v, mask=context.mask, documents=context.documents, dropout=p)
 
 
 def _head_scale(place: str, heads: int, env: Env) -> tuple[Tensor, Layout]:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megnorm.kernels import registry
+from megnorm.kernels import backends, registry
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.rng import DropoutRng
+
+assert backends.REFERENCE  # imported for its offers
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Context:
     """What one forward pass of the blocks shares.
 
     rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] bool, True may look; None: causal alone.
+    documents: lengths of packed documents (b = 1) that do not see each other.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    causal: bool = True
+    documents: tuple[int, ...] | None = None

@@ -23,12 +23,14 @@ class Add(nn.Module):
     def forward(self, stream: Tensor, u: Tensor, y: Tensor, layer_input: Tensor) -> Tensor:
         """stream, u (the input norm's output), y (the branch) and layer_input, all [s, b, d] -> [s, b, d]."""
         r = u if self.source == "input" else stream
-        if isinstance(self.skip, float) and self.branch == 1.0:
+        if isinstance(self.skip, float) and isinstance(self.branch, float) and self.branch == 1.0:
             out = torch.add(y, r, alpha=self.skip)
-        elif isinstance(self.branch, float):
-            out = torch.add(r if self.skip == 1.0 else r * self.skip, y, alpha=self.branch)
         else:
-            out = torch.addcmul(r if self.skip == 1.0 else r * self.skip, self.branch, y)
+            kept = r if isinstance(self.skip, float) and self.skip == 1.0 else r * self.skip
+            if isinstance(self.branch, float):
+                out = torch.add(kept, y, alpha=self.branch)
+            else:
+                out = torch.addcmul(kept, self.branch, y)
         return out + layer_input if self.layer_input else out
 
 

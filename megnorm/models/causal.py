@@ -19,12 +19,16 @@ from megnorm.norms.resolve import Resolved, resolve
 
 @dataclass(frozen=True)
 class Tokens:
-    """Input of one micro-batch. tokens, labels [s, b] int64; loss_mask [s, b] float; positions [s, b] or None."""
+    """Input of one micro-batch. tokens, labels [s, b] int64; loss_mask [s, b] float; positions [s, b] or None.
+
+    documents: packed rows, b = 1: lengths of the documents that lie one behind the other and do not see each other.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     positions: Tensor | None = None
+    documents: tuple[int, ...] | None = None
 
 
 class CausalLM(nn.Module):
@@ -38,21 +42,23 @@ class CausalLM(nn.Module):
         self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
         self.head = Head(cfg, padded_vocab, env, self.embed.token.weight if cfg.tied_head else None)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, documents: tuple[int, ...] | None = None
+    ) -> Tensor:
         """tokens [s, b] -> the stream after the final norm, [s, b, d] ([s/tp, b, d] with sequence parallelism)."""
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
         x = self.embed(tokens, where)
         rope = None
         if self.cfg.positions == "rotary":
             rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
-        context = Context(rope, attention_mask(tokens, self.cfg.padding_id))
+        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
         for block in self.blocks.values():
             x = block(x, context)
         return self.final_norm(x)
 
     def forward(self, batch: Tokens) -> Tensor:
         """Sum of the masked token losses, a scalar in fp32 (fp64 for fp64)."""
-        logits = self.head(self.hidden(batch.tokens, batch.positions))
+        logits = self.head(self.hidden(batch.tokens, batch.positions, batch.documents))
         losses = cross_entropy(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
         return (losses * batch.loss_mask).sum()
 
@@ -62,16 +68,22 @@ class CausalLM(nn.Module):
         return full_logits(self.head(self.hidden(tokens, positions)), self.head, self.cfg.vocab_size)
 
 
-def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
-    """Rows stored for a vocabulary: the least multiple of ``multiple * tp`` that holds it."""
-    step = multiple * tp
-    return -(-vocab_size // step) * step
+def build_model(
+    cfg: ModelConfig,
+    env: Env | None = None,
+    *,
+    seed: int = 0,
+    resolved: Resolved | None = None,
+    vocab_multiple: int = 64,
+) -> CausalLM:
+    """The model of a config with its initial weights.
 
-
-def build_model(cfg: ModelConfig, env: Env | None = None, *, seed: int = 0, vocab_multiple: int = 64) -> CausalLM:
-    """The model of a config with its initial weights; ``env`` None: one process, fp32, CPU."""
+    env None: one process, fp32, CPU. resolved None: resolve the config's scheme. The vocabulary is stored in the least
+    multiple of vocab_multiple * tp rows that holds it.
+    """
     env = env or Env()
-    resolved = resolve(cfg.norm, cfg.layers)
-    model = CausalLM(cfg, resolved, padded_vocabulary(cfg.vocab_size, vocab_multiple, env.mesh.tp.size), env)
+    resolved = resolved or resolve(cfg.norm, cfg.layers)
+    step = vocab_multiple * env.mesh.tp.size
+    model = CausalLM(cfg, resolved, -(-cfg.vocab_size // step) * step, env)
     initialize(model, cfg, resolved, seed)
     return model

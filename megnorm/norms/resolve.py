@@ -121,6 +121,8 @@ def _numbers(value: Any, depth: Depth, config: NormConfig, path: str) -> Any:
     """``value`` (a dataclass of a scheme) with every formula evaluated and every open norm field filled."""
     if isinstance(value, Norm):
         value = _fill(value, config)
+        if value.kind == "seednorm" and value.gain == "none":
+            raise SchemeError(f"{path}.gain: seednorm is a gain that moves with its input; set norm.gain to vector")
     if callable(value) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return evaluate(value, depth, path)
     if is_dataclass(value) and not isinstance(value, type):

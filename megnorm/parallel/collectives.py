@@ -12,6 +12,10 @@ from torch import Tensor
 
 from megnorm.parallel.mesh import Axis
 
+# torch 2.13 renamed these; older versions have the old names only.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or other reduction) of x over the axis, in place; no gradient."""
@@ -25,7 +29,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    _all_gather(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -34,7 +38,7 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    _reduce_scatter(out, x.contiguous(), group=axis.group)
     return out
 
 

@@ -35,7 +35,11 @@ def world() -> World:
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         per_node = env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
         return World(
-            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")), int(per_node), "slurm"
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_NTASKS"]),
+            int(env.get("SLURM_LOCALID", "0")),
+            int(per_node),
+            "slurm",
         )
     if any(int(env.get(key, "1")) > 1 for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
         return _mpi_world()

@@ -5,11 +5,14 @@ checkpoints and conversion must never see that: they read the tensor through ``v
 outside this file knows how matrices are packed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from megnorm.parallel.collectives import all_reduce
+from megnorm.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,37 @@ def named_matrices(model: nn.Module) -> Iterator[Named]:
 
 def parameter_count(model: nn.Module) -> int:
     """Logical elements that this rank owns (summed over a tensor-parallel group: the model's)."""
-    return sum(
-        torch.Size(named.matrix.local).numel() for named in named_matrices(model) if named.matrix.owner
-    )
+    return sum(torch.Size(named.matrix.local).numel() for named in named_matrices(model) if named.matrix.owner)
+
+
+def reduce_replicated_grads(params: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """Sum partial gradients (``param.main_grad``) over the axes their matrices ask for, one message per axis.
+
+    A fused parameter may hold matrices that differ: with replicated key/value heads k and v are summed, q is not.
+    """
+    for name in ("tp", "kv"):
+        axis = mesh.axis(name)
+        if axis.size == 1:
+            continue
+        partial = [
+            matrix.view(param.main_grad)  # type: ignore[attr-defined]
+            for param in params
+            for matrix in layout_of(param).matrices
+            if matrix.grad_sum == name
+        ]
+        if not partial:
+            continue
+        flat = torch.cat([grad.reshape(-1) for grad in partial])
+        all_reduce(flat, axis)
+        for grad, total in zip(partial, flat.split([grad.numel() for grad in partial]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+def full_tensor(named: Named, storage: Tensor, mesh: Mesh) -> Tensor:
+    """The whole logical tensor on every rank of a tp group, gathered from the slices in ``storage``."""
+    matrix = named.matrix
+    full = storage.new_zeros(matrix.shape)
+    if matrix.owner:
+        box = tuple(slice(o, o + n) for o, n in zip(matrix.offset, matrix.local, strict=True))
+        full[box] = matrix.view(storage)
+    return all_reduce(full, mesh.tp)

@@ -46,11 +46,15 @@ def layer(attention: str, ffn: str, sites: str) -> Layer:
     return Layer(Attention(input=a, residual=a_residual, **heads(sites)), FFN(input=f, residual=f_residual))
 
 
+def _words(attention: str, ffn: str, sites: str) -> str:
+    return f"attention {attention}, FFN {ffn}" + (f", norms on {', '.join(sites)}" if sites else "")
+
+
 def _factory(name: str) -> Callable[[], Scheme]:
     attention, ffn, sites = TABLE[name]
-    summary = f"attention {attention}, FFN {ffn}" + (f", {', '.join(sites)} norms" if sites else "")
     where, first = OVERRIDES.get(name, (None, None))
     overrides = ((where, layer(*first)),) if where and first else ()
+    summary = _words(attention, ffn, sites) + (f"; first layers: {_words(*first)}" if first else "")
 
     def build() -> Scheme:
         return Scheme(

@@ -1,9 +1,11 @@
 """Learned factors on the residual: ReZero, SkipInit, LayerScale on the branch, ResScale on the skip.
 
-rezero      x + a F(x)         a: one scalar a layer, starts at 0; no norms       arXiv:2003.04887
-skipinit    x + a F(N(x))      a: one scalar a sub-layer                          arXiv:2002.10444
-layerscale  x + g * F(N(x))    g: a vector of d                                   arXiv:2103.17239
-resscale    g * x + F(N(x))    g: a vector of d, starts at 1                      arXiv:2110.09456
+    rezero      x + a F(x)         a: one scalar a layer, starts at 0; no norms       arXiv:2003.04887
+    skipinit    x + a F(N(x))      a: one scalar a sub-layer, starts at 0             arXiv:2002.10444
+    layerscale  x + g * F(N(x))    g: a vector of d, starts at 1e-4                   arXiv:2103.17239
+    resscale    g * x + F(N(x))    g: a vector of d, starts at 1                      arXiv:2110.09456
+
+``start`` is the initial value of each.
 """
 
 from megnorm.norms.registry import register

@@ -1,0 +1,174 @@
+"""Write the shards of one rank to safetensors files, checksums taken on the way."""
+
+import errno
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from megnorm.checkpoint.format import DTYPES, CheckpointError, File, Ints, Record, Slice, boxes
+from megnorm.checkpoint.shard import Shard, dtype_name, flat_bytes, region, run_parallel
+
+
+@dataclass
+class _Piece:
+    """A box of a shard that goes to one file; ``start`` counts from the file's first byte."""
+
+    name: str
+    dtype: str
+    shard: Shard
+    offset: Ints
+    shape: Ints
+    bytes: int
+    start: int = 0
+    crc32: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Output:
+    """A file being written; the thread that finishes its last chunk makes it durable and closes it."""
+
+    path: Path
+    pieces: list[_Piece]
+    header: bytes = b""
+    fd: int = -1
+    left: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + sum(piece.bytes for piece in self.pieces)
+
+    def done_one(self) -> None:
+        with self.lock:
+            self.left -= 1
+            last = self.left == 0
+        if last:
+            os.fsync(self.fd)
+            self.close()
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Shard], *, rank: int, step: int, chunk_bytes: int, max_file_bytes: int, threads: int
+) -> tuple[dict[str, File], dict[str, Record]]:
+    """Write ``shards`` to new files in ``folder``, durable on return; the files and tensors for the manifest.
+
+    Chunks are summed and written in ``threads`` threads (both release the interpreter's lock); a file is flushed to
+    the disk while the next is written. Errors are OSErrors of the disk, or CheckpointErrors about a shard.
+    """
+    kinds: dict[str, tuple[Ints, str]] = {}
+    for shard in shards:
+        shard.check()
+        kind = (shard.shape, dtype_name(shard.tensor.dtype, shard.name))
+        if kinds.setdefault(shard.name, kind) != kind:
+            raise CheckpointError(f"shards of tensor {shard.name} disagree: {kinds[shard.name]} and {kind}")
+    outputs = _plan(folder, shards, rank, step, max_file_bytes)
+    _check_space(folder, sum(output.bytes for output in outputs))
+    try:
+        run_parallel(_jobs(outputs, chunk_bytes), threads)
+    finally:
+        for output in outputs:
+            output.close()
+    files = {
+        output.path.name: File(output.bytes, len(output.header), zlib.crc32(output.header)) for output in outputs
+    }
+    slices: dict[str, list[Slice]] = {name: [] for name in kinds}
+    for output in outputs:
+        for p in output.pieces:
+            slices[p.name].append(Slice(p.offset, p.shape, output.path.name, p.start, tuple(p.crc32)))
+    return files, {name: Record(*kinds[name], tuple(slices[name])) for name in slices}
+
+
+def _plan(folder: Path, shards: Sequence[Shard], rank: int, step: int, max_file_bytes: int) -> list[_Output]:
+    """Which piece goes where. Wide elements first, so that every tensor is aligned to its own element size."""
+    outputs: list[_Output] = []
+    filled = max_file_bytes
+    for shard in sorted(shards, key=lambda shard: -shard.tensor.element_size()):
+        dtype = dtype_name(shard.tensor.dtype, shard.name)
+        for offset, shape in boxes(shard.local, DTYPES[dtype][1], max_file_bytes):
+            size = DTYPES[dtype][1]
+            for n in shape:
+                size *= n
+            if filled + size > max_file_bytes:
+                path = folder / f"rank-{rank:05d}-{len(outputs):05d}.safetensors"
+                outputs.append(_Output(path, []))
+                filled = 0
+            filled += size
+            place = tuple(a + b for a, b in zip(shard.offset, offset, strict=True))
+            outputs[-1].pieces.append(_Piece(shard.name, dtype, shard, place, shape, size))
+    for output in outputs:
+        output.header = _header(output.pieces, step, rank)
+        start = len(output.header)
+        for piece in output.pieces:
+            piece.start = start
+            start += piece.bytes
+    return outputs
+
+
+def _header(pieces: Sequence[_Piece], step: int, rank: int) -> bytes:
+    """A safetensors header; a slice that is not the whole tensor is called ``name@offset``."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(step), "rank": str(rank)}}
+    end = 0
+    for piece in pieces:
+        key = piece.name if piece.shape == piece.shard.shape else f"{piece.name}@{','.join(map(str, piece.offset))}"
+        if key in entries:
+            raise CheckpointError(f"tensor {piece.name} is passed twice at offset {list(piece.offset)} by one rank")
+        begin, end = end, end + piece.bytes
+        entries[key] = {"dtype": DTYPES[piece.dtype][0], "shape": list(piece.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _jobs(outputs: Sequence[_Output], chunk_bytes: int) -> Iterator[Callable[[], None]]:
+    """One job per chunk. Lazy: pieces on other devices or with gaps are copied to CPU memory one at a time."""
+    for output in outputs:
+        layouts = [list(boxes(piece.shape, DTYPES[piece.dtype][1], chunk_bytes)) for piece in output.pieces]
+        output.left = 1 + sum(map(len, layouts))
+        output.fd = os.open(output.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        yield partial(_write_header, output)
+        for piece, layout in zip(output.pieces, layouts, strict=True):
+            piece.crc32 = [0] * len(layout)
+            data = flat_bytes(piece.shard.tensor[region(piece.offset, piece.shape, piece.shard.offset)])
+            begin = 0
+            for index, (_, shape) in enumerate(layout):
+                size = DTYPES[piece.dtype][1]
+                for n in shape:
+                    size *= n
+                yield partial(_write_chunk, output, piece, index, data[begin : begin + size], piece.start + begin)
+                begin += size
+
+
+def _write_header(output: _Output) -> None:
+    write_all(output.fd, memoryview(output.header), 0)
+    output.done_one()
+
+
+def _write_chunk(output: _Output, piece: _Piece, index: int, data: memoryview, start: int) -> None:
+    piece.crc32[index] = zlib.crc32(data)
+    write_all(output.fd, data, start)
+    output.done_one()
+
+
+def write_all(fd: int, data: memoryview, start: int) -> None:
+    """pwrite until everything is written."""
+    while data:
+        written = os.pwrite(fd, data, start)
+        data, start = data[written:], start + written
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """Fail at once rather than after minutes of writing; a disk that others fill meanwhile fails later all the same."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and size > free:
+        raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB to write, {free / 1e6:.0f} MB free", str(folder))

@@ -1,0 +1,163 @@
+"""RunConfig: the options of a run, composed from each package's own; YAML files and ``a.b=value`` overrides."""
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megnorm.checkpoint.config import CheckpointConfig
+from megnorm.data.config import DataConfig
+from megnorm.kernels.config import KernelConfig
+from megnorm.metrics.config import MetricsConfig
+from megnorm.models.config import ModelConfig
+from megnorm.optim.config import OptimConfig
+from megnorm.parallel.config import ParallelConfig
+from megnorm.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be read; the message names file, key and remedy."""
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a YAML file (None: all defaults) with ``a.b.c=value`` overrides, values parsed as YAML.
+
+    Raises ConfigError for a file that is missing or broken, an unknown key (naming the nearest), a value of another type.
+    """
+    source = str(path) if path is not None else "command line"
+    data: dict[str, Any] = {} if path is None else _read(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{override}' is no override; write key=value, e.g. model.layers=24")
+        _set(data, key, _parse(text, override), override)
+    return from_dict(data, source)
+
+
+def from_dict(data: Mapping[str, Any], source: str) -> RunConfig:
+    """Check and convert a nested mapping; ``source`` names it in messages."""
+    _check_keys(data, RunConfig, "", source)
+    try:
+        return _adapter().validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
+        given = first.get("input")
+        raise ConfigError(f"{source}: {where}: {first['msg']}; it is {given!r}") from None
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The effective config as plain values; ``from_dict`` gives the same config back."""
+    plain = _plain(dataclasses.asdict(config))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the effective config as YAML; ``load`` repeats the run."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: the top of the file must be keys such as model: and train:")
+    return data
+
+
+def _parse(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"'{override}': the value is broken YAML; quote it") from None
+
+
+def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"'{override}': {parent} is a value, it has no keys below it")
+    data[last] = value
+
+
+def _check_keys(data: Any, cls: type, path: str, source: str) -> None:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: {path.rstrip('.')}: expected keys below it, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        if key not in hints:
+            raise ConfigError(f"{source}: unknown key '{path}{key}'{_nearest(path, str(key))}")
+        if is_dataclass(hints[key]) and value is not None:
+            _check_keys(value, typing.cast(type, hints[key]), f"{path}{key}.", source)
+
+
+def _nearest(path: str, key: str) -> str:
+    """The known key that was probably meant: one of the same name elsewhere, or one spelt alike."""
+    known = [*all_keys(), *RunConfig.__dataclass_fields__]
+    here = [name for name in known if name.startswith(path)]
+    same = [name for name in known if name.rsplit(".", 1)[-1] == key]
+    close = (
+        same or difflib.get_close_matches(path + key, here, n=1) or difflib.get_close_matches(path + key, known, n=1)
+    )
+    return f"; did you mean '{close[0]}'?" if close else "; `megnorm train --help-config` lists all keys"
+
+
+def all_keys(cls: type = RunConfig, path: str = "") -> Iterator[str]:
+    """Every key of the config, dotted."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            yield from all_keys(typing.cast(type, hint), f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """pydantic puts the tried branch of a union into the location (``float``, ``literal['a']``); no key looks so."""
+    return isinstance(part, str) and (part in {"float", "int", "str", "bool", "none"} or "[" in part)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping | types.MappingProxyType):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

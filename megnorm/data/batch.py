@@ -1,0 +1,39 @@
+"""What a loader hands to a training step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one data-parallel rank; s: sequence, b: rows.
+
+    tokens, labels: [s, b] int64; labels[t] is the token to predict at t, already shifted.
+    loss_mask: [s, b] float32, the weight of each position in the loss. positions: [s, b] int64, None: 0 .. s-1.
+    Packed rows: b = 1 and s = rows x sequence_length; cu_seqlens [documents + 1] int32 says where each document piece
+    begins, max_seqlen the longest piece. Attention must not cross these borders.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.loss_mask.to(device, non_blocking=True),
+            move(self.positions),
+            move(self.cu_seqlens),
+            self.max_seqlen,
+        )

@@ -1,0 +1,272 @@
+"""Megatron's GPT sample order, for users who go on with a run begun there; sources and formats as in its documentation.
+
+One numpy RandomState draws, in this order, the shuffle of the documents and the shuffle of the samples. Blending is
+greedy: the source furthest behind its weight comes next.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megnorm.data.cache import cached
+from megnorm.data.config import DataConfig
+from megnorm.data.errors import DataError
+from megnorm.data.indexed import IndexedDataset
+
+SURPLUS = 0.005  # each source of a blend is made this much longer than its share
+SEPARATE = 0.80  # a last epoch that is used by less than this is shuffled on its own
+Indices = dict[str, NDArray[Any]]
+
+
+def split_sequences(data: IndexedDataset, fractions: tuple[float, float]) -> tuple[int, int]:
+    """First and last sequence of a split."""
+    return round(fractions[0] * float(len(data))), round(fractions[1] * float(len(data)))
+
+
+def gpt_indices(
+    lengths: NDArray[Any],
+    first: int,
+    last: int,
+    *,
+    length: int,
+    seed: int,
+    samples: int | None,
+    drop_last: bool = True,
+    extra: int = 1,
+) -> Indices:
+    """document_index [epochs x sequences], sample_index [N + 1, 2] (place in it, offset), shuffle_index [N].
+
+    lengths: of all sequences; first, last: the split's. samples None: one epoch. extra: tokens by which consecutive
+    samples overlap (0 or 1). drop_last False keeps a last sample that is shorter than the others.
+    """
+    chosen = np.asarray(lengths[first:last], dtype=np.int64)
+    tokens = int(chosen.sum())
+    if tokens <= extra or (drop_last and samples is None and tokens < length + extra):
+        raise DataError(
+            f"this split has {tokens} tokens, too few for one sample of {length}: change data.split, use more data or "
+            "shorter sequences."
+        )
+    epochs = 1 if samples is None else max(1, -(-(samples * length + extra) // tokens))
+    before_last = ((epochs - 1) * tokens - extra) // length
+    separate = (
+        epochs > 1 and samples is not None and samples - before_last < int(SEPARATE * ((tokens - extra) // length))
+    )
+    random = np.random.RandomState(seed)
+    documents = np.arange(first, last, dtype=np.int32)
+    parts = (epochs - 1, 1) if separate else (epochs,)
+    order = []
+    for part in parts:
+        order.append(np.tile(documents, part))
+        random.shuffle(order[-1])
+    document_index = np.concatenate(order)
+    elements = epochs * tokens - extra
+    total = elements // length if drop_last else -(-elements // length)
+    sample_index = _cut(chosen[document_index - first], total, length, extra)
+    head = before_last if separate else total
+    kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
+    shuffle_index = np.arange(total, dtype=kind)
+    random.shuffle(shuffle_index[:head])
+    if head < total:
+        random.shuffle(shuffle_index[head:])
+    return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
+
+
+def _cut(sizes: NDArray[np.int64], total: int, length: int, extra: int) -> NDArray[Any]:
+    """Where samples begin and end, by search in the cumulative lengths."""
+    ends = np.cumsum(sizes)
+    cuts = np.arange(total + 1, dtype=np.int64) * length
+    cuts[-1] = min(int(cuts[-1]), int(ends[-1]) - extra)
+    place = np.searchsorted(ends, cuts, side="right" if extra else "left")
+    place[0] = 0
+    offset = cuts - (ends[place] - sizes[place])
+    small = max(len(sizes), int(sizes.max())) <= np.iinfo(np.int32).max
+    return np.stack([place, offset], axis=1).astype(np.int32 if small else np.int64)
+
+
+def blend_sizes(weights: Sequence[float], samples: int) -> list[int]:
+    """How many samples each source of a blend is asked for."""
+    total = sum(weights)
+    return [math.ceil(math.ceil(samples * (w / total)) * (1 + SURPLUS)) for w in weights]
+
+
+def blend_indices(weights: Sequence[float], samples: int) -> Indices:
+    """dataset_index [samples] int16, dataset_sample_index [samples] int64: the largest weight x max(i, 1) - drawn."""
+    if len(weights) > np.iinfo(np.int16).max:
+        raise DataError(
+            f'order "megatron" mixes at most 32767 data sets, {len(weights)} are given: use order "default".'
+        )
+    share = np.asarray(weights, np.float64)
+    share = share / share.sum() if len(share) else share
+    chosen, drawn = np.empty(samples, np.int16), np.empty(samples, np.int64)
+    counts, error = np.zeros(len(share)), np.empty(len(share))
+    for i in range(samples):
+        np.multiply(share, i or 1, out=error)
+        error -= counts
+        best = int(error.argmax())
+        chosen[i], drawn[i] = best, counts[best]
+        counts[best] += 1
+    return {"dataset_index": chosen, "dataset_sample_index": drawn}
+
+
+def blend_exhaustive(sizes: Sequence[int]) -> Indices:
+    """As ``blend_indices`` with weights in proportion to sizes, until every source is used up."""
+    total = sum(sizes)
+    share, limit = np.asarray(sizes, np.float64) / total, np.asarray(sizes)
+    chosen, drawn = np.empty(total, np.int16), np.empty(total, np.int64)
+    counts = np.zeros(len(sizes))
+    open_ = np.flatnonzero(limit > 0)
+    for i in range(total):
+        best = open_[int(np.argmax(share[open_] * (i or 1) - counts[open_]))]
+        chosen[i], drawn[i] = best, counts[best]
+        counts[best] += 1
+        if counts[best] == limit[best]:
+            open_ = open_[open_ != best]
+    return {"dataset_index": chosen, "dataset_sample_index": drawn}
+
+
+class GPTSamples:
+    """Samples of one data set. pad: what follows a last sample that is short, -1 as there."""
+
+    def __init__(self, data: IndexedDataset, indices: Indices, length: int, *, extra: int = 1, pad: int = -1) -> None:
+        self.data, self.length, self.extra, self.pad = data, length, extra, pad
+        self.documents, self.cuts, self.shuffle = (
+            indices[name] for name in ("document_index", "sample_index", "shuffle_index")
+        )
+
+    def __len__(self) -> int:
+        return len(self.shuffle)
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """(sequence, offset, count) of every piece of sample ``index`` in shuffled order."""
+        sample = int(self.shuffle[index])
+        (first, begin), (last, end) = self.cuts[sample].tolist(), self.cuts[sample + 1].tolist()
+        if first == last:
+            return [(int(self.documents[first]), begin, end - begin + self.extra)]
+        sequences = self.documents[first : last + 1].tolist()
+        head = (sequences[0], begin, int(self.data.lengths[sequences[0]]) - begin)
+        middle = [(s, 0, int(self.data.lengths[s])) for s in sequences[1:-1]]
+        return [head, *middle, (sequences[-1], 0, end + self.extra)]
+
+    def fill(self, index: int, out: NDArray[Any]) -> None:
+        """Write the tokens of a sample, padded to L + extra, into out."""
+        place = 0
+        for sequence, offset, count in self.pieces(index):
+            out[place : place + count] = self.data.get(sequence, offset, count)
+            place += count
+        out[place:] = self.pad
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        out = np.empty(self.length + self.extra, np.int64)
+        self.fill(index, out)
+        return out
+
+
+class MegatronOrder:
+    """Rows by sample id in Megatron's order, for one data set or a blend."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: str,
+        data: Sequence[IndexedDataset],
+        length: int,
+        seed: int,
+        samples: int | None,
+    ) -> None:
+        if samples is None and len(data) > 1:
+            raise DataError(
+                'order "megatron" needs to know how many samples a blend is asked for: give the loader samples=.'
+            )
+        self.length, weights = length, self._weights(config, split, data)
+        asked = [samples] if len(data) == 1 else list(blend_sizes(weights, samples or 0))
+        fractions = config.fractions(split)
+        self.parts = []
+        for one, count in zip(data, asked, strict=True):
+            first, last = split_sequences(one, fractions)
+            what = {"length": length, "seed": seed, "samples": count, "first": first, "last": last}
+            self.parts.append(GPTSamples(one, cached_indices(config.cache, one, what), length))
+        self.blend = None
+        if len(data) > 1:
+            self.blend = cached(
+                config.cache,
+                _name("blend", {"weights": weights, "samples": samples}),
+                lambda: blend_indices(weights, samples or 0),
+            )
+
+    @staticmethod
+    def _weights(config: DataConfig, split: str, data: Sequence[IndexedDataset]) -> list[float]:
+        if config.epochs:
+            raise DataError('data.epochs belongs to order "default": give data.weights with order "megatron".')
+        given = list(config.weights) if len(config.weights) == len(data) else []
+        if config.weights and not given:
+            raise DataError(
+                f"data.weights has {len(config.weights)} numbers for {len(data)} paths of {split}: give one for each."
+            )
+        return given or [float(one.total) for one in data]
+
+    @property
+    def samples(self) -> int:
+        return len(self.blend["dataset_index"]) if self.blend else len(self.parts[0])
+
+    def _find(self, sample: int) -> tuple[GPTSamples, int]:
+        if not 0 <= sample < self.samples:
+            raise DataError(
+                f'sample {sample} asked for, the index of order "megatron" holds {self.samples}: it is sized by the '
+                "steps of the run; set train.steps to all steps."
+            )
+        if self.blend is None:
+            return self.parts[0], sample
+        part = self.parts[int(self.blend["dataset_index"][sample])]
+        return part, int(self.blend["dataset_sample_index"][sample])
+
+    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens [len(ids), L + 1]."""
+        out = np.empty((len(ids), self.length + 1), np.int64)
+        for row, sample in enumerate(ids.tolist()):
+            part, index = self._find(sample)
+            part.fill(index, out[row])
+        return out
+
+    def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """For each row, the positions 1 .. L at which a new sequence begins."""
+        found = []
+        for sample in ids.tolist():
+            part, index = self._find(sample)
+            counts = [count for _, _, count in part.pieces(index)]
+            found.append(np.unique(np.cumsum(counts[:-1], dtype=np.int64)))
+        return found
+
+    def state(self, consumed: int) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"order": "megatron", "sequence_length": self.length, "samples": consumed}
+
+
+def _name(kind: str, what: dict[str, Any]) -> str:
+    return f"{kind}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def cached_indices(folder: str | None, data: IndexedDataset, what: dict[str, Any]) -> Indices:
+    """The indices of one data set, from the cache if there is one."""
+    state = data.idx.stat()
+    identity = {**what, "path": str(Path(data.prefix).resolve()), "bytes": state.st_size, "mtime": state.st_mtime_ns}
+
+    def build() -> Indices:
+        try:
+            return gpt_indices(
+                data.lengths,
+                what["first"],
+                what["last"],
+                length=what["length"],
+                seed=what["seed"],
+                samples=what["samples"],
+            )
+        except DataError as error:
+            raise DataError(f"{data.prefix}: {error}") from None
+
+    return cached(folder, _name("gpt", identity), build)

@@ -1,0 +1,287 @@
+"""JSONL to .bin/.idx: units of input are encoded on their own, each to a part file, and joined in input order.
+
+A unit that is done stays done: after a kill the same command goes on with the rest. Parts are written by one process
+that uses the tokenizer's threads, or by many ranks under MPI; the result is the same byte for byte.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megnorm.data.atomic import write_atomic
+from megnorm.data.documents import SHOWN, Lines, Tally, Unit, documents, find_inputs, plan_units
+from megnorm.data.errors import DataError
+from megnorm.data.indexed import IndexedDataset, IndexedWriter, smallest_dtype
+from megnorm.data.ranks import Ranks
+from megnorm.data.tokenizer import Tokenizer, fingerprint, load
+
+BATCH = 1 << 21  # bytes of JSON encoded at a time
+SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[^\Wa-z])|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to preprocess. output: prefix; with several keys, or names "megatron", keys are added to it."""
+
+    inputs: tuple[str, ...]
+    output: str
+    tokenizer: str
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = True
+    eod_token: str | None = None
+    sentences: bool = False
+    strict: bool = False
+    threads: int | None = None
+    names: str = "plain"
+    unit_bytes: int = 64 << 20
+    max_line_bytes: int = 64 << 20
+    progress: bool = True
+
+    def prefix(self, key: str) -> str:
+        """Where the tokens of a key go."""
+        if self.names == "megatron":
+            return f"{self.output}_{key}_{'sentence' if self.sentences else 'document'}"
+        return self.output if len(self.keys) == 1 else f"{self.output}_{key}"
+
+
+@dataclass
+class Report:
+    """What was done. empty: documents without tokens, kept as Megatron keeps them. bad, first: lines left out."""
+
+    documents: int = 0
+    empty: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    bad: int = 0
+    first: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed: int = 0
+
+    def add(self, other: dict[str, Any]) -> None:
+        for name in ("documents", "empty", "tokens", "bytes", "bad"):
+            setattr(self, name, getattr(self, name) + other[name])
+        self.first = (self.first + other["first"])[:SHOWN]
+
+
+def run(job: Job) -> Report:
+    """Preprocess; under MPI every rank takes its units and rank 0 joins them. The report is whole on rank 0."""
+    ranks = Ranks.find()
+    begun = time.monotonic()
+    if job.threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(job.threads)  # read by the library at its first batch
+    units = plan_units(find_inputs(job.inputs), job.unit_bytes)
+    tokenizer = load(job.tokenizer, eod=job.eod_token)
+    if job.append_eod and tokenizer.eod is None:
+        raise DataError(
+            f"{job.tokenizer}: has no end-of-document token: name one with --eod-token, or pass --no-append-eod."
+        )
+    parts = Path(f"{job.output}.parts")
+    if ranks.rank == 0:
+        _claim(parts, job, units)
+    ranks.barrier()
+    mine = list(range(ranks.rank, len(units), ranks.size))
+    todo = [number for number in mine if not _done(parts, number).is_file()]
+    report = Report(resumed=len(mine) - len(todo))
+    with _bar(job, units, mine, todo, ranks) as bar:
+        try:
+            for number in todo:
+                _encode_unit(job, tokenizer, units[number], number, parts, bar)
+        except BaseException:
+            if ranks.size == 1 and not any(parts.glob("*.json")):
+                shutil.rmtree(parts)  # nothing in it to go on from
+            raise
+    ranks.barrier()
+    if ranks.rank == 0:
+        _join(job, tokenizer, parts, len(units), report)
+        shutil.rmtree(parts)
+    ranks.barrier()
+    report.seconds = time.monotonic() - begun
+    return report
+
+
+def _done(parts: Path, number: int) -> Path:
+    return parts / f"{number:06d}.json"
+
+
+def _claim(parts: Path, job: Job, units: Sequence[Unit]) -> None:
+    """Take up the parts of an interrupted run of the same job; drop those of another."""
+    skip = ("threads", "strict", "progress", "inputs")
+    what = {name: value for name, value in asdict(job).items() if name not in skip}
+    stamps = {unit.path: Path(unit.path).stat().st_mtime_ns for unit in units}
+    what |= {"units": [asdict(unit) for unit in units], "stamps": stamps, "tokenizer": fingerprint(job.tokenizer)}
+    mark = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    label = parts / "job"
+    if parts.is_dir() and not (label.is_file() and label.read_text() == mark):
+        if not label.is_file() and any(parts.iterdir()):
+            raise DataError(f"{parts}: is in the way: it is not the work folder of an earlier run; move it.")
+        print(f"{parts} is of another job or other input: starting anew.", file=sys.stderr)
+        shutil.rmtree(parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomic(label, mark.encode())
+    for torn in parts.glob(".*.tmp"):
+        torn.unlink()
+
+
+def _bar(job: Job, units: Sequence[Unit], mine: Sequence[int], todo: Sequence[int], ranks: Ranks) -> "tqdm[Any]":
+    total = sum(units[i].bytes for i in mine)
+    left = sum(units[i].bytes for i in todo)
+    hidden = not job.progress or ranks.rank != 0
+    return tqdm(
+        total=total, initial=total - left, unit="B", unit_scale=True, disable=hidden, desc="preprocess", smoothing=0.1
+    )
+
+
+def _encode_unit(job: Job, tokenizer: Tokenizer, unit: Unit, number: int, parts: Path, bar: "tqdm[Any]") -> None:
+    tally, report, lines = Tally(job.strict), Report(), Lines(unit, job.max_line_bytes)
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    writers = [IndexedWriter(parts / f"{number:06d}.{i}", dtype) for i in range(len(job.keys))]
+    shown, begun = 0, time.monotonic()
+    encoded = (
+        (size, count, [tokenize(texts, tokenizer, job.sentences) for texts in columns])
+        for size, count, columns in _ahead(_batches(lines, job, tally))
+    )
+    try:
+        for size, count, columns in _ahead(encoded):
+            for writer, (ids, owner, total) in zip(writers, columns, strict=True):
+                tokens, lengths, ends = lay_out(ids, owner, total, tokenizer.eod if job.append_eod else None)
+                writer.add(tokens, lengths, ends)
+                report.empty += int((np.diff(ends, prepend=0) == 0).sum())
+                report.tokens += len(tokens)
+            report.documents += count
+            report.bytes += size
+            bar.update(lines.position - shown)
+            shown = lines.position
+            spent = max(time.monotonic() - begun, 1e-9)
+            bar.set_postfix_str(
+                f"{report.documents / spent:,.0f} documents/s, {report.bytes / spent / 1e6:.2f} MB/s, "
+                f"{report.tokens / spent:,.0f} tokens/s"
+            )
+        for writer in writers:
+            writer.finish()
+    except BaseException:
+        for writer in writers:
+            writer.discard()
+        raise
+    bar.update(unit.bytes - shown)
+    report.bad, report.first = tally.count, tally.first
+    write_atomic(_done(parts, number), json.dumps(asdict(report)).encode())
+
+
+def _batches(lines: Lines, job: Job, tally: Tally) -> Iterator[tuple[int, int, list[list[str]]]]:
+    """(bytes, documents, for each key the texts) in pieces of about BATCH bytes."""
+    columns: list[list[str]] = [[] for _ in job.keys]
+    size = 0
+    for count, texts in documents(lines, job.keys, tally):
+        for column, text in zip(columns, texts, strict=True):
+            column.append(text)
+        size += count
+        if size >= BATCH:
+            yield size, len(columns[0]), columns
+            columns, size = [[] for _ in job.keys], 0
+    if size:
+        yield size, len(columns[0]), columns
+
+
+def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
+    """The same items, made by a thread while the tokenizer (which lets go of the interpreter) works."""
+    line: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stop.is_set():
+            try:
+                line.put((kind, value), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stop.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = line.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join()
+
+
+Encoded = tuple[Iterable[Sequence[int]], NDArray[np.int64], int]
+
+
+def tokenize(texts: list[str], tokenizer: Tokenizer, sentences: bool) -> Encoded:
+    """(ids of every sequence, the document each belongs to, documents)."""
+    if not sentences:
+        return tokenizer.encode_batch(texts), np.arange(len(texts)), len(texts)
+    pieces = [[piece for piece in SENTENCE.split(text) if piece] for text in texts]
+    owner = np.repeat(np.arange(len(texts)), [len(piece) for piece in pieces])
+    return tokenizer.encode_batch([piece for one in pieces for piece in one]), owner, len(texts)
+
+
+def lay_out(
+    sequences: Iterable[Sequence[int]], owner: NDArray[np.int64], documents: int, eod: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(tokens, lengths of sequences, sequences written when each document ends), as ``IndexedWriter.add`` takes them.
+
+    A sequence without tokens is left out; eod ends each document that has tokens.
+    """
+    ids = list(sequences)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    values = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum()))
+    sizes = lengths[lengths > 0]
+    counts = np.bincount(owner[lengths > 0], minlength=documents)
+    ends = np.cumsum(counts)
+    if eod is not None:
+        last = ends[counts > 0] - 1  # the last sequence of every document that has one
+        values = np.insert(values, np.cumsum(sizes)[last], eod)
+        sizes[last] += 1
+    return values, sizes, ends
+
+
+def _join(job: Job, tokenizer: Tokenizer, parts: Path, count: int, report: Report) -> None:
+    """One output per key out of all parts, in order."""
+    for number in range(count):
+        report.add(json.loads(_done(parts, number).read_text()))
+    if report.documents == 0:
+        told = f" ({'; '.join(report.first)})" if report.first else ""
+        raise DataError(f"{', '.join(job.inputs)}: no document with {' and '.join(job.keys)} in it{told}.")
+    for place, key in enumerate(job.keys):
+        prefix = job.prefix(key)
+        with IndexedWriter(prefix, smallest_dtype(tokenizer.vocab_size)) as writer:
+            for number in range(count):
+                writer.add_dataset(IndexedDataset(parts / f"{number:06d}.{place}"))
+            writer.notes = {
+                "tokenizer": fingerprint(job.tokenizer) | {"vocab_size": tokenizer.vocab_size},
+                "eod": tokenizer.eod if job.append_eod else None,
+                "documents": report.documents,
+                "tokens": writer.elements,
+            }

@@ -1,0 +1,273 @@
+"""Models to and from folders that transformers loads."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megnorm.hf import custom
+from megnorm.hf.card import Card, write_card
+from megnorm.hf.families.base import Family
+from megnorm.hf.families.registry import by_model_type, choose
+from megnorm.hf.fold import State, fold
+from megnorm.hf.tokenizer import SpecialIds, write_tokenizer
+from megnorm.models.config import ModelConfig
+from megnorm.norms.resolve import Resolved, resolve
+
+Reference = Callable[[Tensor], Tensor]
+"""tokens [b, s] int64 -> logits [b, s, v]."""
+
+
+class LogitMismatch(ValueError):
+    """The exported folder computes something else than the model; nothing was left under the final name."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. refused: native classes tried before, and why. difference: largest |logit difference|."""
+
+    folder: Path
+    architecture: str
+    refused: Mapping[str, str] = field(default_factory=dict)
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A folder read back: config, resolved scheme, full logical tensors by canonical name, and the class it had."""
+
+    model: ModelConfig
+    resolved: Resolved
+    state: State
+    architecture: str
+
+
+def to_hf(
+    state: Mapping[str, Tensor],
+    model: ModelConfig,
+    resolved: Resolved,
+    *,
+    out: Path,
+    tokenizer: Path | None = None,
+    native: bool = True,
+    dtype: torch.dtype = torch.float32,
+    reference: Reference | None = None,
+    tolerance: float = 1e-5,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    card: Card | None = None,
+) -> Export:
+    """Write the folder ``out``: weights, config, tokenizer, model card, and code where no native class is exact.
+
+    state: full logical tensors by canonical name. native: a class of transformers where one holds the model exactly.
+    reference: the model's own forward; the folder is loaded again and compared in fp32 before it gets its name, and
+    LogitMismatch is raised above ``tolerance`` times the largest logit (at least 1). dtype: of the written weights,
+    after that comparison. Raises ValueError for tensors that do not fit, or an ``out`` that exists without overwrite.
+    """
+    custom.check_state(state, model, resolved)
+    full = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in state.items()}
+    family, refused = choose(model, resolved) if native else (None, {})
+    fields, tensors = _native(family, full, model, resolved) if family else _custom(full, model, resolved)
+    architecture, difference = fields["architectures"][0], None
+    with _new_folder(out, overwrite) as folder:
+        special = SpecialIds(pad=model.padding_id)
+        if tokenizer is not None:
+            special = write_tokenizer(tokenizer, folder, vocab_size=model.vocab_size, max_length=model.max_positions)
+        _write_config(folder, fields, special, model)
+        _write_weights(folder, tensors, max_shard_size)
+        if reference is not None:
+            difference, largest = _compare(reference, folder, model)
+            if not difference <= tolerance * max(1.0, largest):
+                raise LogitMismatch(
+                    f"{out}: {architecture} differs from the model by {difference:.3g} in a logit, above "
+                    f"{tolerance:g} (largest logit {largest:.3g}); nothing was written, report this with the config"
+                )
+        if dtype != torch.float32:
+            _write_config(folder, fields | {"dtype": str(dtype).removeprefix("torch.")}, special, model)
+            _write_weights(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()}, max_shard_size)
+        parameters = sum(tensor.numel() for tensor in state.values())
+        write_card(folder, card or Card(), out.name, architecture, model, resolved, parameters)
+    return Export(out, architecture, refused, difference)
+
+
+def compare_logits(reference: Reference, folder: Path) -> float:
+    """Largest |logit difference| in fp32 on random tokens between a forward and the model loaded from ``folder``."""
+    return _compare(reference, folder, None)[0]
+
+
+def from_hf(folder: Path) -> Imported:
+    """Read a folder of a family, or one written by ``to_hf``. Raises ValueError for what megnorm cannot express."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; give the folder of a Hugging Face model")
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    tensors = _read_weights(folder)
+    if fields.get("model_type") == "megnorm":
+        model, resolved = custom.read_config(fields)
+        state = custom.unrename(tensors)
+        architecture = custom.ARCHITECTURE
+    else:
+        family = by_model_type(fields.get("model_type", ""), before=bool(fields.get("do_layer_norm_before", True)))
+        try:
+            model = family.read_config(fields)
+        except KeyError as missing:
+            raise ValueError(f"{file}: the field {missing} is missing") from None
+        resolved = resolve(model.norm, model.layers)
+        state = family.restore(family.unrename(_tidy(tensors, fields, model), model), model)
+        architecture = family.architecture
+    if model.tied_head:
+        state.pop("head.weight", None)
+    custom.check_state(state, model, resolved)
+    return Imported(model, resolved, state, architecture)
+
+
+def _native(family: Family, state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:
+    plain_model, plain, folded = fold(model, resolved, state)
+    plain, folded = family.prepare(plain, folded)
+    fields = {"architectures": [family.architecture], **family.config(plain_model, plain)}
+    return fields, family.rename(family.transform(folded, plain_model), plain_model)
+
+
+def _custom(state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:
+    fields = {"architectures": [custom.ARCHITECTURE], "auto_map": custom.AUTO_MAP, **custom.config(model, resolved)}
+    return fields, custom.rename(state)
+
+
+@contextmanager
+def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that gets its name when the block ends well, and vanishes otherwise."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: it exists already; choose another folder or overwrite it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}-", suffix=".tmp", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            old = folder.with_suffix(".old")
+            os.replace(out, old)
+            os.replace(folder, out)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_config(folder: Path, fields: dict[str, Any], special: SpecialIds, model: ModelConfig) -> None:
+    import transformers
+
+    ids = {"eos_token_id": special.eos, "pad_token_id": special.pad, "bos_token_id": special.bos}
+    if model.padding_id is not None:
+        ids["pad_token_id"] = model.padding_id
+    version = {"transformers_version": transformers.__version__}
+    _write_json(folder / "config.json", {"dtype": "float32", **fields, **ids, "use_cache": True, **version})
+    chosen = {name: value for name, value in ids.items() if value is not None}
+    _write_json(folder / "generation_config.json", {**chosen, **version})
+    if "auto_map" in fields:
+        for source in custom.sources():
+            shutil.copyfile(source, folder / source.name)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, tensors: State, max_shard_size: str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _read_weights(folder: Path) -> State:
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(names))]
+    elif (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"{folder}: safetensors files are missing; save the model again with safe serialization")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> State:
+    """Without buffers of old versions and without the tied head; with the base model's prefix if it was left out."""
+    kept = {n: t for n, t in tensors.items() if not n.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))}
+    if fields["model_type"] == "gpt2":
+        kept = {n: t for n, t in kept.items() if not n.endswith(".attn.bias")}
+    prefix = {"gpt2": "transformer."}.get(fields["model_type"], "model.")
+    kept = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
+    if model.tied_head:
+        kept.pop("lm_head.weight", None)
+    return kept
+
+
+def _compare(reference: Reference, folder: Path, model: ModelConfig | None) -> tuple[float, float]:
+    """Largest |difference| and largest |logit|; every tensor of the folder must have been used."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        answer: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        loaded, info = answer
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise LogitMismatch(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:3]))}")
+    tokens = random_tokens(loaded.config)
+    with torch.no_grad():
+        ours = reference(tokens).detach().to("cpu", torch.float32)
+        theirs = loaded.eval()(tokens).logits
+    _forget_code(loaded)
+    if ours.shape != theirs.shape:
+        raise LogitMismatch(f"{folder}: logits of shape {tuple(theirs.shape)}, the model's are {tuple(ours.shape)}")
+    return (ours - theirs).abs().max().item(), ours.abs().max().item()
+
+
+def _forget_code(model: Any) -> None:
+    """Delete the copy of a folder's code that transformers keeps in its cache under the folder's passing name."""
+    module = type(model).__module__
+    if module.startswith("transformers_modules."):
+        package, cache = module.rpartition(".")[0], sys.modules["transformers_modules"]
+        for path in cache.__path__:
+            shutil.rmtree(Path(path, *package.split(".")[1:2]), ignore_errors=True)
+        for name in [name for name in sys.modules if name.startswith(package)]:
+            del sys.modules[name]
+
+
+def random_tokens(config: Any, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
+    """Tokens [batch, length] for comparisons; rows do not begin with padding."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = getattr(config, "max_position_embeddings", length)
+    tokens = torch.randint(config.vocab_size, (batch, min(length, longest)), generator=generator)
+    padding = getattr(config, "position_padding_id", None)
+    if padding is not None:
+        tokens[:, 0] = (padding + 1) % config.vocab_size
+    return tokens

@@ -1,0 +1,197 @@
+"""A family: a norm pattern and a name table that turn a megnorm model into a class of transformers, and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megnorm.hf.fold import SITES, State, embedding_scale
+from megnorm.models.config import GATED, ModelConfig
+from megnorm.norms.resolve import Resolved
+from megnorm.norms.scheme import Norm, Scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu_squared": "relu2",
+}
+"""megnorm's name of an activation -> transformers'."""
+BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh", "swish": "silu"}
+GATE_BACK = {ours: gated for gated, ours in GATED.items()}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The norms a class has: kind, sites by sub-layer, "head" or "width" for q and k, and the norms outside."""
+
+    kind: str
+    attention: frozenset[str] = frozenset()
+    ffn: frozenset[str] = frozenset()
+    over: Mapping[str, str] = field(default_factory=dict)
+    embedding: bool = False
+    final: bool = True
+
+    def refuse(self, resolved: Resolved) -> str | None:
+        """Why the norms of a folded model are not this pattern; None if they are."""
+        for i, layer in enumerate(resolved.layers):
+            for part, sites in SITES.items():
+                sub, wanted = getattr(layer, part), getattr(self, part)
+                for site in sites:
+                    norm, name = getattr(sub, site), f"blocks.{i}.{part}.{site}"
+                    if (norm is not None) != (site in wanted):
+                        return f"{name}: {_only(site in wanted)} has a norm there"
+                    over = self.over.get(site, "width")
+                    if norm is not None and norm.over != over:
+                        return f"{name}: the class normalizes over {over}, the model over {norm.over}"
+                residual = sub.residual
+                if residual.rule != "add" or residual.source != "stream" or residual.layer_input:
+                    return f"blocks.{i}.{part}.residual: the class adds the plain stream"
+                if residual.branch != Scale() or residual.skip.learned is not None:
+                    return f"blocks.{i}.{part}.residual: the class has no learned factor there"
+        for name, norm, wanted in (
+            ("embedding", resolved.embedding, self.embedding),
+            ("final", resolved.final, self.final),
+        ):
+            if (norm is not None) != wanted:
+                return f"{name}: {_only(wanted)} has a norm there"
+        return self._refuse_kind(resolved)
+
+    def _refuse_kind(self, resolved: Resolved) -> str | None:
+        for name, norm in norms(resolved):
+            if norm.kind != self.kind:
+                return f"{name}: the class has {self.kind}, the model {norm.kind}"
+            if norm.gain == "per_head":
+                return f"{name}: the class shares one gain among heads"
+            if norm.bias and self.kind == "rmsnorm":
+                return f"{name}: the class has no bias there"
+        return None
+
+
+def _only(theirs: bool) -> str:
+    return "the class, not the model," if theirs else "the model, not the class,"
+
+
+def norms(resolved: Resolved) -> list[tuple[str, Norm]]:
+    """Every norm of a model with its place."""
+    found = [("embedding", resolved.embedding), ("final", resolved.final)]
+    for i, layer in enumerate(resolved.layers):
+        for part, sites in SITES.items():
+            found += [(f"blocks.{i}.{part}.{site}", getattr(getattr(layer, part), site)) for site in sites]
+    return [(name, norm) for name, norm in found if norm is not None]
+
+
+def one_eps(resolved: Resolved) -> str | None:
+    """Why a class with one eps does not fit; None if all norms share theirs."""
+    found = sorted({norm.eps for _, norm in norms(resolved) if norm.eps is not None})
+    return None if len(found) == 1 else f"eps: the class has one, the model {found}"
+
+
+def skips(resolved: Resolved, part: str) -> set[float]:
+    return {getattr(layer, part).residual.skip.value for layer in resolved.layers}
+
+
+class Family:
+    """One class of transformers. A subclass says what it accepts and how its config and tensors look.
+
+    names: canonical name -> theirs, ``{i}`` for the layer index; both directions of the conversion read it.
+    """
+
+    architecture: str
+    pattern: Pattern
+    names: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """transformers' model_type: the class's name in lower case, but for the oldest."""
+        return self.architecture.removesuffix("ForCausalLM").lower()
+
+    def prepare(self, resolved: Resolved, state: State) -> tuple[Resolved, State]:
+        """A further exact rewrite that this class needs; before ``accepts``."""
+        return resolved, state
+
+    def accepts(self, model: ModelConfig, resolved: Resolved) -> str | None:
+        """Why this class cannot hold the (folded) model exactly; None if it can."""
+        reason = self.pattern.refuse(resolved) or self.refuse_sizes(model)
+        if reason is None and any(skips(resolved, part) != {1.0} for part in ("attention", "ffn")):
+            reason = "residual.skip: the class adds the stream with factor 1"
+        return reason or self.refuse(model, resolved)
+
+    def refuse_sizes(self, model: ModelConfig) -> str | None:
+        """What no class here has."""
+        if model.head_bias:
+            return "head_bias: the class has no bias on the head"
+        if model.parallel_block:
+            return "parallel_block: the class runs attention and feed-forward one after the other"
+        if model.padding_id is not None:
+            return "padding_id: the class does not look for padding by itself"
+        if embedding_scale(model) != 1.0:
+            return "embedding_scale: the class has none, and a tied head keeps it out of the embedding"
+        return None
+
+    def refuse(self, model: ModelConfig, resolved: Resolved) -> str | None:
+        """Anything else of this class."""
+        raise NotImplementedError
+
+    def config(self, model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
+        """Fields of config.json."""
+        raise NotImplementedError
+
+    def transform(self, state: State, model: ModelConfig) -> State:
+        """Canonical tensors as the class wants them, before renaming."""
+        return state
+
+    def restore(self, state: State, model: ModelConfig) -> State:
+        """The inverse of ``transform``."""
+        return state
+
+    def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
+        """The ModelConfig of a config.json. Raises ValueError naming what megnorm cannot express."""
+        raise NotImplementedError
+
+    def rename(self, state: Mapping[str, "Tensor"], model: ModelConfig) -> State:
+        return _renamed(state, dict(self._table(model)), self.name)
+
+    def unrename(self, state: Mapping[str, "Tensor"], model: ModelConfig) -> State:
+        return _renamed(state, {theirs: ours for ours, theirs in self._table(model)}, self.name)
+
+    def _table(self, model: ModelConfig) -> list[tuple[str, str]]:
+        table = []
+        for ours, theirs in self.names.items():
+            for i in range(model.layers) if "{i}" in ours else range(1):
+                for kind in ("weight", "bias"):
+                    table.append((f"{ours.format(i=i)}.{kind}", f"{theirs.format(i=i)}.{kind}"))
+        return table
+
+
+def _renamed(state: Mapping[str, "Tensor"], table: Mapping[str, str], family: str) -> State:
+    unknown = sorted(set(state) - set(table))
+    if unknown:
+        raise ValueError(f"{family}: no name for the tensor '{unknown[0]}' ({len(unknown)} in all); this is a defect")
+    return {table[name]: tensor for name, tensor in state.items()}
+
+
+def wanted(config: Mapping[str, Any], **values: Any) -> None:
+    """Refuse a config.json whose fields differ from what megnorm can express; a missing field is as wanted."""
+    for name, value in values.items():
+        if name in config and config[name] != value:
+            raise ValueError(f"config.json: {name} is {config[name]!r}; megnorm reads this class only with {value!r}")
+
+
+def rope_theta(config: Mapping[str, Any], default: float = 10000.0) -> float:
+    """theta of a config of either generation of transformers. Raises ValueError for scaled rotary positions."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"config.json: rotary positions of type '{kind}' are not supported, only 'default'")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor must be 1; megnorm turns whole heads")
+    return float(rope.get("rope_theta", config.get("rope_theta", default)))
+
+
+def activation(name: str, *, gated: bool) -> str:
+    """megnorm's activation of a transformers' name. Raises ValueError for an unknown one."""
+    plain = BACK.get(name)
+    if plain is None or (gated and plain not in GATE_BACK):
+        raise ValueError(f"config.json: the activation '{name}' is unknown to megnorm; it has {', '.join(BACK)}")
+    return GATE_BACK[plain] if gated else plain

@@ -1,0 +1,120 @@
+"""GPT-2: Pre-LN, learned positions, biases everywhere; matrices stored [in, out], q, k and v in one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megnorm.hf.families.base import ACTIVATIONS, Family, Pattern, activation, one_eps, wanted
+from megnorm.hf.fold import State
+from megnorm.models.config import GATED, ModelConfig
+from megnorm.norms.config import NormConfig
+from megnorm.norms.resolve import Resolved
+
+
+class GPT2(Family):
+    name = "gpt2"
+    architecture = "GPT2LMHeadModel"
+    pattern = Pattern("layernorm", frozenset({"input"}), frozenset({"input"}))
+    names: Mapping[str, str] = {
+        "embed.token": "transformer.wte",
+        "embed.position": "transformer.wpe",
+        "blocks.{i}.attention.input_norm": "transformer.h.{i}.ln_1",
+        "blocks.{i}.attention.qkv": "transformer.h.{i}.attn.c_attn",
+        "blocks.{i}.attention.o": "transformer.h.{i}.attn.c_proj",
+        "blocks.{i}.ffn.input_norm": "transformer.h.{i}.ln_2",
+        "blocks.{i}.ffn.up": "transformer.h.{i}.mlp.c_fc",
+        "blocks.{i}.ffn.down": "transformer.h.{i}.mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    }
+
+    def refuse(self, model: ModelConfig, resolved: Resolved) -> str | None:
+        return refuse_plain(model) or one_eps(resolved)
+
+    def config(self, model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
+        return {
+            "model_type": self.name,
+            "vocab_size": model.vocab_size,
+            "n_embd": model.width,
+            "n_inner": model.ffn,
+            "n_layer": model.layers,
+            "n_head": model.heads,
+            "n_positions": model.max_positions,
+            "activation_function": ACTIVATIONS[model.activation],
+            "layer_norm_epsilon": resolved.final.eps if resolved.final else None,
+            "embd_pdrop": model.dropout,
+            "resid_pdrop": model.dropout,
+            "attn_pdrop": model.attention_dropout,
+            "tie_word_embeddings": model.tied_head,
+        }
+
+    def transform(self, state: State, model: ModelConfig) -> State:
+        import torch
+
+        made: State = {}
+        for name, tensor in with_norm_biases(state).items():
+            path, _, kind = name.rpartition(".")
+            block, _, matrix = path.rpartition(".")
+            if matrix == "q":
+                tensor = torch.cat([state[f"{block}.{part}.{kind}"] for part in "qkv"])
+                made[f"{block}.qkv.{kind}"] = _turned(tensor)
+            elif matrix not in ("k", "v"):
+                made[name] = _turned(tensor) if matrix in ("o", "up", "down") else tensor
+        return made
+
+    def restore(self, state: State, model: ModelConfig) -> State:
+        made: State = {}
+        for name, tensor in state.items():
+            path, _, kind = name.rpartition(".")
+            block, _, matrix = path.rpartition(".")
+            if matrix == "qkv":
+                parts = zip("qkv", _turned(tensor).chunk(3), strict=True)
+                made |= {f"{block}.{part}.{kind}": piece.contiguous() for part, piece in parts}
+            else:
+                made[name] = _turned(tensor) if matrix in ("o", "up", "down") else tensor
+        return made
+
+    def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
+        wanted(
+            config, add_cross_attention=False, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False
+        )  # fmt: skip
+        return ModelConfig(
+            layers=config["n_layer"],
+            width=config["n_embd"],
+            heads=config["n_head"],
+            ffn=config.get("n_inner") or 4 * config["n_embd"],
+            vocab_size=config["vocab_size"],
+            max_positions=config["n_positions"],
+            activation=activation(config["activation_function"], gated=False),  # type: ignore[arg-type]
+            positions="learned",
+            tied_head=bool(config.get("tie_word_embeddings", True)),
+            bias=True,
+            dropout=float(config.get("resid_pdrop", 0.0)),
+            attention_dropout=float(config.get("attn_pdrop", 0.0)),
+            norm=NormConfig(kind="layernorm", eps=config["layer_norm_epsilon"]),
+        )
+
+
+def refuse_plain(model: ModelConfig) -> str | None:
+    """What GPT-2 and OPT ask for alike."""
+    if model.positions != "learned":
+        return f"positions: the class has learned ones, the model {model.positions}"
+    if model.activation in GATED:
+        return f"activation: the class has no gate, the model is '{model.activation}'"
+    if not model.bias:
+        return "bias: the class has one on every linear layer"
+    if model.kv != model.heads or model.hd * model.heads != model.width:
+        return "heads: the class has as many key/value heads, of width / heads"
+    return None
+
+
+def with_norm_biases(state: State) -> State:
+    """LayerNorms without a bias get one of zeros, as the class has it."""
+    made = dict(state)
+    for name, tensor in state.items():
+        if name.endswith("norm.weight"):
+            made.setdefault(f"{name.removesuffix('weight')}bias", tensor.new_zeros(tensor.shape))
+    return made
+
+
+def _turned(tensor: Any) -> Any:
+    return tensor.t().contiguous() if tensor.dim() == 2 else tensor

@@ -1,0 +1,39 @@
+"""The families in order of trial, and the question which of them holds a model."""
+
+from megnorm.hf.families.base import Family
+from megnorm.hf.families.gemma2 import Gemma2
+from megnorm.hf.families.gpt2 import GPT2
+from megnorm.hf.families.llama import Llama, Qwen3
+from megnorm.hf.families.minimax import MiniMax
+from megnorm.hf.families.olmo import Olmo2
+from megnorm.hf.families.opt import OPTPostLN, OPTPreLN
+from megnorm.hf.fold import fold
+from megnorm.models.config import ModelConfig
+from megnorm.norms.resolve import Resolved
+
+FAMILIES: tuple[Family, ...] = (Llama(), Qwen3(), Olmo2(), Gemma2(), GPT2(), OPTPostLN(), OPTPreLN(), MiniMax())
+
+
+def choose(model: ModelConfig, resolved: Resolved) -> tuple[Family | None, dict[str, str]]:
+    """The first family that holds the model exactly (None: the custom class), and why each one before it does not.
+
+    Looks at the declaration only: no tensor, no torch.
+    """
+    plain_model, plain, _ = fold(model, resolved)
+    reasons: dict[str, str] = {}
+    for family in FAMILIES:
+        prepared, _ = family.prepare(plain, {})
+        reason = family.accepts(plain_model, prepared)
+        if reason is None:
+            return family, reasons
+        reasons[family.architecture] = reasons.get(family.architecture, reason)
+    return None, reasons
+
+
+def by_model_type(model_type: str, *, before: bool = False) -> Family:
+    """The family that reads a config.json of this ``model_type``; before: its Pre-LN form. Raises ValueError."""
+    found = [family for family in FAMILIES if family.name == model_type]
+    if not found:
+        known = sorted({family.name for family in FAMILIES} | {"megnorm"})
+        raise ValueError(f"config.json: model_type '{model_type}' cannot be read; megnorm reads {', '.join(known)}")
+    return found[-1] if before else found[0]

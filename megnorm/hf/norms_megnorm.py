@@ -1,0 +1,132 @@
+"""Norms and residuals of a megnorm model in transformers, built from the entries of ``config.norm``.
+
+Needs torch and transformers alone; shipped beside modeling_megnorm.py.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+Spec = dict[str, Any]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and angles: fp32 for low precision, else the tensor's own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class Norm(nn.Module):
+    """One norm over the last axis, [..., size] -> [..., size] ([..., heads, size] for a gain of its own per head).
+
+    Parameters, those the kind has: weight (absent for gain "none"; one_plus stores w and multiplies by 1 + w), bias,
+    alpha (inside tanh or erf; seednorm: a vector outside), shift, beta.
+    """
+
+    def __init__(self, spec: Spec, size: int, heads: int = 1):
+        super().__init__()
+        self.spec, self.size = spec, size
+        self.kind, self.gain, self.eps, self.scale = spec["kind"], spec["gain"], spec["eps"], spec["scale"]
+        shapes = {"vector": (size,), "one_plus": (size,), "scalar": (1,), "per_head": (heads, size)}
+        if self.gain != "none":
+            self.weight = nn.Parameter(torch.empty(shapes[self.gain]))
+        if spec["bias"]:
+            self.bias = nn.Parameter(torch.empty(size))
+        if self.kind in ("dyt", "derf"):
+            self.alpha = nn.Parameter(torch.empty(1))
+        if self.kind == "derf":
+            self.shift = nn.Parameter(torch.empty(1))
+        if self.kind == "seednorm":
+            self.alpha = nn.Parameter(torch.empty(size))
+            self.beta = nn.Parameter(torch.empty(size))
+        self.reset()
+
+    def reset(self) -> None:
+        """Initial values; tensors already loaded keep theirs."""
+        values = {"weight": self.spec["weight_init"] - (self.gain == "one_plus"), "alpha": self.spec["alpha"]}
+        for name, parameter in self.named_parameters():
+            init.constant_(parameter, values.get(name, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        if self.kind == "layernorm" and self.gain == "vector":
+            y = F.layer_norm(x, (self.size,), weight, bias, self.eps)
+        else:
+            if self.gain == "one_plus":
+                weight = 1 + weight.to(wide(weight.dtype))
+            y = self._affine(self._unit(x.to(wide(x.dtype))), x, weight, bias)
+        return y if self.scale == 1.0 else y * self.scale
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """x before gain and bias."""
+        if self.kind == "layernorm":
+            return F.layer_norm(x, (self.size,), eps=self.eps)
+        if self.kind in ("rmsnorm", "seednorm"):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        if self.kind in ("l2", "scalenorm"):
+            factor = self.size**0.5 if self.kind == "scalenorm" else 1.0
+            return x * (factor / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-30))
+        if self.kind == "dyt":
+            return torch.tanh(self.alpha * x)
+        if self.kind == "derf":
+            return torch.erf(self.alpha * x + self.shift)
+        raise ValueError(f"config.json: norm kind '{self.kind}' is unknown to this modeling file; export again")
+
+    def _affine(self, y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Gain and bias, in y's precision or, after a cast, in x's."""
+        if self.kind == "seednorm":
+            seed = self.alpha * torch.tanh((x.to(y.dtype) * self.beta).sum(-1, keepdim=True))
+            weight = seed if weight is None else seed + weight
+        elif self.spec["cast"] == "before_gain":
+            y = y.to(x.dtype)
+        if weight is not None:
+            y = y * weight.to(y.dtype)
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        return y.to(x.dtype)
+
+
+def make_norm(spec: Spec | None, size: int, heads: int = 1) -> nn.Module:
+    return nn.Identity() if spec is None else Norm(spec, size, heads)
+
+
+def over_heads(norm: nn.Module, x: Tensor, head_dim: int) -> Tensor:
+    """Apply a norm over heads or width to x [b, s, heads * head_dim], or split already: [b, s, heads, head_dim]."""
+    if isinstance(norm, Norm) and norm.spec["over"] == "width":
+        return norm(x.flatten(-2) if x.dim() == 4 else x).unflatten(-1, (-1, head_dim))
+    return norm(x if x.dim() == 4 else x.unflatten(-1, (-1, head_dim)))
+
+
+class Residual(nn.Module):
+    """skip * r + branch * y, each factor a number or a parameter; a shared one is the attention's."""
+
+    def __init__(self, spec: Spec, width: int, shared: "Residual | None" = None):
+        super().__init__()
+        self.spec, self.initial = spec, {}
+        if spec["rule"] != "add":
+            raise ValueError(f"config.json: residual rule '{spec['rule']}' is unknown to this file; export again")
+        for name in ("skip", "branch"):
+            scale = spec[name]
+            if scale["learned"] is None:
+                setattr(self, name, scale["value"])
+            elif not (scale["shared"] and shared is not None and shared.spec[name]["shared"]):
+                setattr(self, name, nn.Parameter(torch.empty(width if scale["learned"] == "width" else 1)))
+                self.initial[name] = scale["value"]
+        self.reset()
+
+    def reset(self) -> None:
+        for name, value in self.initial.items():
+            init.constant_(getattr(self, name), value)
+
+    def forward(
+        self, stream: Tensor, u: Tensor, y: Tensor, layer_input: Tensor, shared: "Residual | None" = None
+    ) -> Tensor:
+        """stream, u (the normalized input), y (the branch), layer_input: [b, s, d]."""
+        skip: Any = self.skip if hasattr(self, "skip") else shared.skip
+        branch: Any = self.branch if hasattr(self, "branch") else shared.branch
+        r = u if self.spec["source"] == "input" else stream
+        r = r if isinstance(skip, float) and skip == 1.0 else skip * r
+        x = r + (y if isinstance(branch, float) and branch == 1.0 else branch * y)
+        return x + layer_input if self.spec["layer_input"] else x

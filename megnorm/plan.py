@@ -1,0 +1,212 @@
+"""Look before launch: what a config means on a number of ranks, checked, without torch and without starting anything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megnorm.config import RunConfig
+from megnorm.models.config import ModelConfig
+from megnorm.norms.resolve import Resolved, resolve
+from megnorm.norms.scheme import Norm
+from megnorm.optim import schedule
+
+
+class PlanError(ValueError):
+    """A layout or size that cannot be; the message names the keys and the numbers that would do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked config on ``world`` ranks, with every derived number. padded_vocab: rows stored for the vocabulary."""
+
+    config: RunConfig
+    world: int
+    resolved: Resolved
+    dp: int
+    sequence_parallel: bool
+    padded_vocab: int
+    micro_batches: int
+    parameters: int
+    parameters_by_role: dict[str, int]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch * self.config.train.sequence_length
+
+
+def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -> Plan:
+    """Check ``config`` on ``world`` ranks. resolved: of the checkpoint that a run continues; None: resolve now.
+
+    Raises PlanError (or SchemeError) with one sentence; every rank comes to the same one.
+    """
+    check_model(config.model)
+    schedule.check(config.optim, config.train.steps)
+    dp = _check_layout(config, world)
+    parallel = config.parallel
+    sequence_parallel = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+    _check_batch(config, dp, sequence_parallel and parallel.tp > 1)
+    resolved = resolved or resolve(config.model.norm, config.model.layers)
+    check_scheme(config.model, resolved)
+    by_role = count_parameters(config.model, resolved)
+    return Plan(
+        config,
+        world,
+        resolved,
+        dp,
+        sequence_parallel,
+        padded_vocabulary(config.model.vocab_size, parallel.vocab_multiple, parallel.tp),
+        config.train.global_batch // (dp * config.train.micro_batch),
+        sum(by_role.values()),
+        by_role,
+    )
+
+
+def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
+    """Rows stored for a vocabulary: the least multiple of ``multiple * tp`` that holds it."""
+    step = multiple * tp
+    return -(-vocab_size // step) * step
+
+
+def check_model(m: ModelConfig) -> None:
+    """Sizes that contradict each other."""
+    for name in ("layers", "width", "heads", "ffn", "vocab_size", "max_positions"):
+        if getattr(m, name) < 1:
+            raise PlanError(f"model.{name} is {getattr(m, name)}; it must be at least 1")
+    if m.head_dim is None and m.width % m.heads:
+        raise PlanError(
+            f"model.heads={m.heads} does not divide model.width={m.width}; set model.head_dim or use {_near(m.width, m.heads)}"
+        )
+    if m.heads % m.kv:
+        raise PlanError(f"model.kv_heads={m.kv} does not divide model.heads={m.heads}; use {_near(m.heads, m.kv)}")
+    if m.positions == "rotary" and m.hd % 2:
+        raise PlanError(f"model.head_dim is {m.hd}; rotary positions need an even one")
+    if m.padding_id is not None and not 0 <= m.padding_id < m.vocab_size:
+        raise PlanError(f"model.padding_id={m.padding_id} is outside the vocabulary of {m.vocab_size}")
+    for name in ("dropout", "attention_dropout"):
+        if not 0.0 <= getattr(m, name) < 1.0:
+            raise PlanError(f"model.{name}={getattr(m, name)} must be in [0, 1)")
+
+
+def check_scheme(m: ModelConfig, resolved: Resolved) -> None:
+    """Combinations of scheme and model that mean nothing."""
+    if len(resolved.layers) != m.layers:
+        raise PlanError(f"model.layers={m.layers}, but the checkpoint's scheme has {len(resolved.layers)} layers")
+    for i, layer in enumerate(resolved.layers):
+        if layer.attention.head_scale == "post_projection" and m.heads * m.hd != m.width:
+            raise PlanError(
+                f"head_scale=post_projection cuts the width in heads, but model.heads*head_dim={m.heads * m.hd} is not "
+                f"model.width={m.width}; use pre_projection"
+            )
+        if m.parallel_block and any(
+            part.post is not None or part.residual.source != "stream" for part in (layer.attention, layer.ffn)
+        ):
+            raise PlanError(
+                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm or adds to a normalized "
+                "input, which has no meaning for branches that run side by side; use a pre-norm scheme"
+            )
+
+
+def _check_layout(config: RunConfig, world: int) -> int:
+    parallel, m = config.parallel, config.model
+    if parallel.pp != 1:
+        raise PlanError(f"parallel.pp={parallel.pp}: pipeline stages are not supported yet; use parallel.pp=1")
+    tp = parallel.tp
+    if tp < 1 or world % tp:
+        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {_near(world, max(tp, 1))}")
+    dp = world // tp if parallel.dp is None else parallel.dp
+    if dp * tp != world:
+        raise PlanError(f"parallel.tp={tp} x dp={dp} needs {tp * dp} ranks, but {world} were started")
+    if m.heads % tp:
+        raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {_divisors(m.heads)}")
+    if m.kv % tp and tp % m.kv:
+        raise PlanError(
+            f"model.kv_heads={m.kv} neither divides parallel.tp={tp} nor is divided by it; use tp of "
+            f"{[n for n in _divisors(m.heads) if m.kv % n == 0 or n % m.kv == 0]}"
+        )
+    if m.ffn % tp:
+        raise PlanError(
+            f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {_near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
+        )
+    return dp
+
+
+def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> None:
+    t, m = config.train, config.model
+    for name in ("steps", "sequence_length", "global_batch", "micro_batch"):
+        if getattr(t, name) < 1:
+            raise PlanError(f"train.{name} is {getattr(t, name)}; it must be at least 1")
+    if t.sequence_length > m.max_positions:
+        raise PlanError(
+            f"train.sequence_length={t.sequence_length} is longer than model.max_positions={m.max_positions}, the rows of "
+            "the position table; shorten the one or enlarge the other"
+        )
+    if sequence_parallel and t.sequence_length % config.parallel.tp:
+        raise PlanError(
+            f"train.sequence_length={t.sequence_length} is not divisible by parallel.tp={config.parallel.tp}, which "
+            "sequence parallelism needs; set parallel.sequence_parallel=false or another length"
+        )
+    per_step = dp * t.micro_batch
+    if t.global_batch % per_step:
+        raise PlanError(
+            f"train.global_batch={t.global_batch} is not a multiple of dp={dp} x train.micro_batch={t.micro_batch}; "
+            f"use {max(t.global_batch // per_step, 1) * per_step} or {-(-t.global_batch // per_step) * per_step}"
+        )
+
+
+def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:
+    """Logical parameters by role, as the built model has them."""
+    counts: dict[str, int] = {}
+
+    def add(role: str, n: int) -> None:
+        if n:
+            counts[role] = counts.get(role, 0) + n
+
+    def norm(value: Any, units: int, width: int) -> None:
+        if isinstance(value, Norm):
+            add("norm", _norm_parameters(value, units, width))
+
+    d, h, kv, hd = m.width, m.heads, m.kv, m.hd
+    add("embed", m.vocab_size * d)
+    add("position", m.max_positions * d if m.positions == "learned" else 0)
+    add("head", 0 if m.tied_head else m.vocab_size * d)
+    add("bias", m.vocab_size if m.head_bias else 0)
+    for value in (resolved.embedding, resolved.final):
+        norm(value, 1, d)
+    for layer in resolved.layers:
+        for role, rows, columns in (("q", h * hd, d), ("k", kv * hd, d), ("v", kv * hd, d), ("o", d, h * hd)):
+            add(role, rows * columns)
+            add("bias", rows if m.bias else 0)
+        for role in ("gate", "up") if m.gated else ("up",):
+            add(role, m.ffn * d)
+            add("bias", m.ffn if m.bias else 0)
+        add("down", m.ffn * d)
+        add("bias", d if m.bias else 0)
+        a, f = layer.attention, layer.ffn
+        for value in (a.input, a.output, a.post, f.input, f.output, f.post):
+            norm(value, 1, d)
+        for value, units in ((a.q, h), (a.k, kv), (a.v, kv), (a.context, h)):
+            norm(value, units, hd)
+        norm(f.inner, m.ffn, 1)
+        add("scale", h if a.head_scale else 0)
+        for part in (a, f):
+            for scale in (part.residual.skip, part.residual.branch):
+                if scale.learned and not (scale.shared and part is f):
+                    add("scale", d if scale.learned == "width" else 1)
+    return counts
+
+
+def _norm_parameters(norm: Norm, units: int, width: int) -> int:
+    n = width if norm.over == "head" else units * width
+    gain = {"none": 0, "scalar": 1, "per_head": units * width}.get(norm.gain or "", n)
+    extra = {"dyt": 1, "derf": 2, "seednorm": 2 * n}.get(norm.kind or "", 0)
+    return gain + (n if norm.bias else 0) + extra
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _near(n: int, wish: int) -> str:
+    """The divisors of n next to ``wish``."""
+    below = [i for i in _divisors(n) if i <= wish]
+    above = [i for i in _divisors(n) if i > wish]
+    return " or ".join(str(i) for i in (*below[-1:], *above[:1]))

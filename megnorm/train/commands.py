@@ -1,0 +1,82 @@
+"""The verbs ``plan`` (what would run) and ``doctor`` (what is installed and what serves which operation)."""
+
+import argparse
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from megnorm import config as configs
+from megnorm.kernels import backends, registry
+from megnorm.plan import Plan, make_plan
+
+OPTIONAL = {
+    "transformers": "export, generation (megnorm[hf])",
+    "tensorboard": "TensorBoard (megnorm[tensorboard])",
+    "wandb": "Weights & Biases (megnorm[wandb])",
+    "mpi4py": "ranks from mpirun (megnorm[mpi])",
+    "zstandard": ".zst input (megnorm[zstd])",
+}
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a config would run on a number of ranks; starts nothing."
+    parser.add_argument("--config", type=Path, help="YAML file")
+    parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    print(describe(make_plan(configs.load(args.config, args.overrides), args.ranks)))
+    return 0
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: layout, layers, parameters by role."""
+    m, config = plan.config.model, plan.config
+    lines = [
+        f"scheme          {plan.resolved.scheme}, {m.norm.kind}",
+        f"model           {m.layers} layers, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
+        f"feed-forward    {m.ffn} {m.activation}",
+        f"vocabulary      {m.vocab_size}, stored as {plan.padded_vocab}; head {'tied' if m.tied_head else 'untied'}",
+        f"parameters      {plan.parameters:,}",
+        *(f"  {role:<14}{count:,}" for role, count in sorted(plan.parameters_by_role.items(), key=lambda x: -x[1])),
+        f"ranks           {plan.world}: tp {config.parallel.tp} x dp {plan.dp}"
+        + (", sequence parallel" if plan.sequence_parallel else ""),
+        f"step            {config.train.global_batch} sequences of {config.train.sequence_length}: {plan.tokens_per_step:,} "
+        f"tokens in {plan.micro_batches} micro-batches a rank, {config.train.precision}",
+        f"run             {config.train.steps} steps, {plan.tokens_per_step * config.train.steps:,} tokens",
+        f"folder          {config.train.out}",
+    ]
+    return "\n".join(lines)
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What this machine has, which optional packages are missing, which kernel serves what."
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            print(f"cuda:{i} {torch.cuda.get_device_name(i)}")
+    else:
+        print("no CUDA device: everything runs on the CPU, ranks talk over gloo")
+    for package, use in OPTIONAL.items():
+        print(f"{package:<14} {_version(package):<12} {use}")
+    print(f"the reference of every op is {backends.REFERENCE}")
+    for op in registry.OPS:
+        served = ", ".join(f"{offer.backend} ({offer.priority})" for offer in registry.offers(op))
+        print(f"op {op:<14} {served}")
+    return 0
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "missing"
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "present"

@@ -1,0 +1,28 @@
+"""Options of a run: length, batch, precision, what happens when."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """out: folder of the run. steps: optimizer steps in all.
+
+    global_batch: sequences a step, over all ranks and micro-batches; micro_batch: sequences a rank computes at a time.
+    eval_batches: batches of global_batch in one evaluation; eval_every 0: only at the end. log_every: steps between
+    records. threads: CPU threads a rank; None: the node's cores shared among its ranks. seed: of weights, data order
+    and dropout. stop_after: leave after this many steps of this start (for time-limited queues); None: run to the end.
+    """
+
+    out: str = "runs/run"
+    steps: int = 1000
+    sequence_length: int = 1024
+    global_batch: int = 64
+    micro_batch: int = 8
+    seed: int = 1234
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    eval_every: int = 0
+    eval_batches: int = 8
+    log_every: int = 1
+    threads: int | None = None
+    stop_after: int | None = None

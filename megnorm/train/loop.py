@@ -1,0 +1,84 @@
+"""Steps, evaluation, checkpoints, metrics, and when to stop."""
+
+import time
+from pathlib import Path
+
+from megnorm.checkpoint.saver import Saver
+from megnorm.metrics.sinks import Sinks
+from megnorm.metrics.throughput import flops_per_token, mfu, peak_flops
+from megnorm.train import state
+from megnorm.train.build import DTYPES, Run
+from megnorm.train.signals import EXIT_STOPPED, StopRequest
+from megnorm.train.step import StepResult, evaluate, train_step
+
+
+def fit(run: Run, saver: Saver, sinks: Sinks) -> int:
+    """Train until ``train.steps``, a signal, or ``train.stop_after``; the exit code: 0, or EXIT_STOPPED where steps remain."""
+    t, every = run.plan.config.train, run.plan.config.checkpoint.every
+    stop, pace = StopRequest(run.mesh), Pace(run)
+    last = t.steps if t.stop_after is None else min(t.steps, run.step + t.stop_after)
+    stopped = False
+    while run.step < last and not stopped:
+        result = train_step(run)
+        saver.check()
+        pace.add(result)
+        stopped = stop.agreed()
+        ended = run.step == last or stopped
+        logs = run.step % t.log_every == 0 or ended
+        values = pace.values(result) if logs or result.probes else {}
+        if run.valid_data is not None and (run.step == t.steps or (t.eval_every and run.step % t.eval_every == 0)):
+            values |= {"valid_loss": evaluate(run), **({} if values else pace.values(result))}
+            pace.restart()
+        if values:
+            sinks.log(run.step, values)
+        if ended or (every and run.step % every == 0):
+            save(run, saver, values.get("valid_loss"))
+    saver.wait()
+    return 0 if run.step == t.steps else EXIT_STOPPED
+
+
+def save(run: Run, saver: Saver, score: float | None = None) -> None:
+    """Ask for a checkpoint of the present step; score: held-out loss, for ``checkpoint.keep_best``."""
+    record = state.meta(run) | ({} if score is None else {"score": score})
+    saver.save(run.step, state.shards(run, owned=True), record)
+
+
+class Pace:
+    """Throughput between records."""
+
+    def __init__(self, run: Run) -> None:
+        config = run.plan.config
+        self.run = run
+        self.flops = flops_per_token(config.model, config.train.sequence_length)
+        self.peak = peak_flops(run.mesh.device, DTYPES[config.train.precision]) * run.mesh.size
+        self.restart()
+
+    def restart(self) -> None:
+        self.begin, self.steps = time.perf_counter(), 0
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+
+    def values(self, result: StepResult) -> dict[str, float]:
+        """The record of a step; starts the next interval."""
+        seconds = time.perf_counter() - self.begin
+        rate = self.steps * self.run.plan.tokens_per_step / seconds
+        self.restart()
+        return {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": self.run.step * self.run.plan.tokens_per_step,
+            "tokens_per_second": rate,
+            "mfu": mfu(rate, self.flops, self.peak),
+            **(
+                {"loss_scale": self.run.scale.scale, "skipped": float(result.skipped)}
+                if self.run.scale.scale != 1.0
+                else {}
+            ),
+            **result.probes,
+        }
+
+
+def run_folder(run: Run) -> Path:
+    return Path(run.plan.config.train.out)

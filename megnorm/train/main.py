@@ -1,0 +1,144 @@
+"""The verb ``train``: config, plan, build, resume, fit."""
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megnorm import config as configs
+from megnorm.checkpoint import io
+from megnorm.checkpoint.saver import Saver
+from megnorm.kernels import registry
+from megnorm.metrics.sinks import Sinks
+from megnorm.models.config import ModelConfig
+from megnorm.norms.resolve import Resolved, from_json
+from megnorm.parallel import launch
+from megnorm.plan import Plan, PlanError, make_plan
+from megnorm.train import state
+from megnorm.train.build import Run, build
+from megnorm.train.loop import fit
+from megnorm.train.step import DivergedError
+
+log = logging.getLogger("megnorm")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train as a config says; continues from the newest checkpoint in train.out by itself."
+    parser.add_argument("--config", type=Path, help="YAML file")
+    parser.add_argument("--fresh", action="store_true", help="refuse to continue: train.out must hold no checkpoint")
+    parser.add_argument("--help-config", action="store_true", help="list every key and its default, then leave")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.layers=24 optim.lr=1e-3")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("megnorm train")
+    add_train_arguments(parser)
+    return run_train(parser.parse_args(argv))
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Exit code of a training run: 0 done, EXIT_STOPPED (75) saved and left early, 2 refused, 1 failed."""
+    if args.help_config:
+        print(_describe())
+        return 0
+    where = launch.world()
+    logging.basicConfig(
+        level=logging.INFO if where.rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    try:
+        return _train(args, where)
+    except (ValueError, DivergedError) as error:
+        # One sentence, not a trace: the message is written for the person who can mend it. Every rank sees the same.
+        if where.rank == 0 or not isinstance(error, PlanError | configs.ConfigError):
+            print(
+                f"megnorm train: rank {where.rank}: {error}" if where.size > 1 else f"megnorm train: {error}",
+                file=sys.stderr,
+            )
+        return 1 if isinstance(error, DivergedError) else 2
+    except Exception:
+        print(f"megnorm train: rank {where.rank} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _train(args: argparse.Namespace, where: launch.World) -> int:
+    config = configs.load(args.config, args.overrides)
+    make_plan(config, where.size)
+    launch.set_threads(where, config.train.threads)
+    torch.manual_seed(config.train.seed)
+    folder = Path(config.train.out) / "checkpoints"
+    found = io.latest(folder) if folder.is_dir() else None
+    if found is not None and args.fresh:
+        raise ValueError(f"{found} exists and --fresh was given; choose another train.out or remove the run")
+    record = io.read_meta(found) if found is not None else None
+    resolved = None if record is None else _continued(record, config, found)
+    device = launch.device_of(where)
+    launch.init(where, device, config.parallel.timeout)
+    run = build(make_plan(config, where.size, resolved), device)
+    if found is not None:
+        found = state.resume(run, folder)
+    if where.rank == 0:
+        _announce(run.plan, run, found)
+    if run.step >= config.train.steps:
+        log.info("all %d steps are done; raise train.steps to go on", config.train.steps)
+        return 0
+    return _fit(run, where)
+
+
+def _fit(run: Run, where: launch.World) -> int:
+    config = run.plan.config
+    out = Path(config.train.out)
+    saver = Saver(config.checkpoint, out / "checkpoints", rank=where.rank, world=where.size, barrier=run.barrier)
+    total, resume = config.train.steps, run.step
+    plain = configs.to_dict(config)
+    with Sinks(config.metrics, out, total, resume_step=resume, rank=where.rank, run_config=plain) as sinks:
+        if where.rank == 0:
+            configs.save(config, out / "config.yaml")
+        return fit(run, saver, sinks)
+
+
+def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | None) -> Resolved:
+    """The scheme of the run that goes on, in the numbers it began with. Raises PlanError if the model is another."""
+    before, now = record["config"]["model"], configs.to_dict(config)["model"]
+    for key in ModelConfig.__dataclass_fields__:
+        if before.get(key) != now[key]:
+            raise PlanError(
+                f"model.{key} is {now[key]!r}, but {found} was trained with {before.get(key)!r}; "
+                "keep it, or choose another train.out"
+            )
+    return from_json(record["resolved"])
+
+
+def _announce(plan: Plan, run: Run, found: Path | None) -> None:
+    m = plan.config.model
+    log.info(
+        "megnorm: %s, %d layers, %.1fM parameters, %s; %d rank(s): tp %d, dp %d; %d micro-batches a step, %s",
+        plan.resolved.scheme,
+        m.layers,
+        plan.parameters / 1e6,
+        plan.config.train.precision,
+        plan.world,
+        plan.config.parallel.tp,
+        plan.dp,
+        plan.micro_batches,
+        f"{plan.tokens_per_step} tokens a step",
+    )
+    served = sorted({f"{choice.need.op}: {choice.backend}" for choice in registry.report()})
+    log.info("kernels: %s", ", ".join(served))
+    if found is not None:
+        log.info("continuing from %s: step %d, %d samples consumed", found, run.step, run.consumed)
+
+
+def _describe() -> str:
+    import yaml
+
+    return yaml.safe_dump(configs.to_dict(configs.RunConfig()), sort_keys=False)

@@ -1,0 +1,79 @@
+"""What a checkpoint of a run holds: shards of logical tensors and a small record."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megnorm.checkpoint import io
+from megnorm.checkpoint.shard import Shard
+from megnorm.config import to_dict
+from megnorm.parallel.layout import Named
+from megnorm.train.build import Run, open_data
+
+
+def shards(run: Run, *, owned: bool) -> list[Shard]:
+    """Weights (fp32 masters where they exist) and moments; owned: only slices that this rank must write."""
+    return [
+        Shard(name, tensor, n.matrix.shape, n.matrix.offset)
+        for name, n, tensor in _tensors(run)
+        if _mine(run, n, owned)
+    ]
+
+
+def _mine(run: Run, named: Named, owned: bool) -> bool:
+    return not owned or (named.matrix.owner and run.mesh.dp.rank == 0)
+
+
+def _tensors(run: Run) -> Iterator[tuple[str, Named, Tensor]]:
+    for n in run.named:
+        master = run.optimizer.masters[n.name]
+        if master.numel():
+            yield n.name, n, master
+    for state in run.optimizer.states():
+        yield f"optim.{state.kind}.{state.named.name}", state.named, state.tensor
+
+
+def meta(run: Run) -> dict[str, Any]:
+    """The record beside the tensors: enough to repeat, continue or export the run."""
+    return {
+        "step": run.step,
+        "consumed_samples": run.consumed,
+        "updates": run.updates,
+        "loss_scale": {"scale": run.scale.scale, "good": run.scale.good},
+        "data": run.train_data.state(run.consumed),
+        "config": to_dict(run.plan.config),
+        "resolved": run.plan.resolved.to_json(),
+    }
+
+
+def resume(run: Run, folder: Path) -> Path:
+    """Continue from the newest checkpoint in ``folder`` that is whole on every rank; its path. Raises CheckpointError."""
+    config = run.plan.config.checkpoint
+    loaded = io.resume(
+        folder, shards(run, owned=False), agree=_agreement(run), verify=config.verify, threads=config.threads
+    )
+    assert loaded is not None, "the caller has seen a checkpoint"
+    path, record = loaded
+    run.step, run.consumed, run.updates = record["step"], record["consumed_samples"], record["updates"]
+    run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
+    run.optimizer.set_updates(run.updates)
+    run.optimizer.lower()
+    run.train_data = open_data(run.plan, "train", record["data"])
+    return path
+
+
+def _agreement(run: Run) -> Callable[[bool], bool]:
+    """true on every rank -> true on every rank."""
+    if run.mesh.size == 1:
+        return lambda good: good
+
+    def agree(good: bool) -> bool:
+        flag = torch.tensor(int(good), device=run.mesh.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    return agree

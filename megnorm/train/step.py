@@ -1,0 +1,124 @@
+"""One optimizer step, and one evaluation."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megnorm.data.batch import Batch
+from megnorm.models.causal import Tokens
+from megnorm.optim.clip import clip_factor, global_norm
+from megnorm.optim.schedule import learning_rate
+from megnorm.parallel.collectives import all_reduce
+from megnorm.parallel.layout import reduce_replicated_grads
+from megnorm.train.build import Run
+
+
+class DivergedError(RuntimeError):
+    """Loss or gradients are not finite; nothing of this step was applied."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the step's tokens, in nats. tokens: that had a loss. grad_norm: before clipping.
+
+    skipped: fp16 overflowed and the update was left out. probes: by name, on probed steps.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    lr: float
+    seconds: float
+    skipped: bool
+    probes: dict[str, float]
+
+
+def train_step(run: Run) -> StepResult:
+    """Forward, backward, reduce, clip, update: from ``run.step`` to ``run.step + 1``.
+
+    The loss is the sum over all tokens divided by their global number, so micro-batches and ranks with different loss
+    masks weigh what they should. Raises DivergedError.
+    """
+    begin = time.perf_counter()
+    config, step = run.plan.config, run.step + 1
+    run.observer.begin(step)
+    batch = _own_batch(run)
+    tokens = _global_tokens(run, batch)
+    run.model.train()
+    run.buffer.zero()
+    total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
+    for i, part in enumerate(micro_batches(batch, config.train.micro_batch, run.mesh.device)):
+        run.rng.start(config.train.seed, step, i, run.mesh.dp.rank, run.mesh.pp.rank, tp_rank=run.mesh.tp.rank)
+        loss = run.model(part) / tokens
+        (loss * run.scale.scale).backward()
+        total += loss.detach()
+    all_reduce(total, run.mesh.dp)
+    run.buffer.reduce(run.mesh)
+    reduce_replicated_grads(run.buffer.params, run.mesh)
+    if run.scale.scale != 1.0:
+        run.buffer.flat.mul_(1.0 / run.scale.scale)
+    norm = float(global_norm(run.named, run.mesh))
+    run.observer.before_update()
+    finite = math.isfinite(norm)
+    lr = learning_rate(config.optim, run.updates + 1, config.train.steps)
+    if finite:
+        _update(run, norm, lr)
+    elif config.train.precision != "fp16" or not math.isfinite(float(total)):
+        raise DivergedError(
+            f"step {step}: loss {float(total)}, gradient norm {norm}; nothing was saved. Lower optim.lr, lengthen "
+            "optim.warmup_steps or choose a more stable norm.scheme"
+        )
+    if config.train.precision == "fp16":
+        run.scale.update(finite)
+    run.step, run.consumed = step, run.consumed + config.train.global_batch
+    probes = run.observer.collect()
+    return StepResult(float(total), tokens, norm, lr, time.perf_counter() - begin, not finite, probes)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss in nats over the first ``eval_batches`` batches of the validation split; the same samples every time."""
+    assert run.valid_data is not None
+    t, mesh = run.plan.config.train, run.mesh
+    run.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for i in range(t.eval_batches):
+        batch = run.valid_data.batch(i * t.global_batch, t.global_batch, mesh.dp.rank, mesh.dp.size)
+        for part in micro_batches(batch, t.micro_batch, mesh.device):
+            sums += torch.stack([run.model(part).double(), part.loss_mask.sum().double()])
+    all_reduce(sums, mesh.dp)
+    return float(sums[0] / sums[1].clamp_min(1.0))
+
+
+def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Tokens]:
+    """The rows of a rank's batch, ``size`` sequences at a time; a packed batch (b = 1) is one micro-batch."""
+    batch = batch.to(device)
+    if batch.cu_seqlens is not None:
+        lengths = tuple(batch.cu_seqlens.diff().tolist())
+        yield Tokens(batch.tokens, batch.labels, batch.loss_mask, batch.positions, lengths)
+        return
+    for first in range(0, batch.tokens.shape[1], size):
+        part = slice(first, first + size)
+        positions = None if batch.positions is None else batch.positions[:, part]
+        yield Tokens(batch.tokens[:, part], batch.labels[:, part], batch.loss_mask[:, part], positions)
+
+
+def _own_batch(run: Run) -> Batch:
+    dp = run.mesh.dp
+    return run.train_data.batch(run.consumed, run.plan.config.train.global_batch, dp.rank, dp.size)
+
+
+def _global_tokens(run: Run, batch: Batch) -> int:
+    count = batch.loss_mask.sum(dtype=torch.float64).to(run.mesh.device)
+    return max(round(float(all_reduce(count, run.mesh.dp))), 1)
+
+
+def _update(run: Run, norm: float, lr: float) -> None:
+    factor = clip_factor(torch.tensor(norm), run.plan.config.optim.clip)
+    if factor != 1.0:
+        run.buffer.flat.mul_(factor)
+    run.optimizer.step(lr)
+    run.updates += 1

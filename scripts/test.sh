@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Style, types and tests.  bash scripts/test.sh          the fast set
+#                          bash scripts/test.sh --full   everything that needs no accelerator
+# Further arguments go to pytest:  bash scripts/test.sh -k hybridnorm
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/env.sh || exit 1
+export OMP_NUM_THREADS=1
+
+marks="not full and not gpu"
+if [[ "${1:-}" == "--full" ]]; then
+    marks="not gpu"
+    shift
+fi
+
+failed=()
+step() {
+    local name=$1 began=$SECONDS
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+    echo "   $((SECONDS - began)) s"
+}
+step "ruff check" .venv/bin/ruff check .
+step "ruff format" .venv/bin/ruff format --check .
+step "mypy" .venv/bin/mypy
+step "pytest -m '$marks'" .venv/bin/python -m pytest -q -m "$marks" --durations=10 "$@"
+
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+fi
+echo "all passed in $SECONDS s"

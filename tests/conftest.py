@@ -1,0 +1,47 @@
+"""What every test may rely on: one thread, no network, the shared material, real gloo ranks."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[name] = "1"
+
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from tests.distributed.pool import Pool, close_all, pool  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+settings.register_profile("megnorm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("megnorm")
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The root of the repository."""
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared material: goldens, texts, tokenizers. Tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("MEGNORM_SHARED", PROJECT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("no shared material: set MEGNORM_SHARED to the folder that holds golden/ and data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Pool]]:
+    """``ranks(n).run(function, *args)`` calls function(rank, n, *args) on n gloo ranks; see distributed/pool.py."""
+    yield pool
+    close_all()

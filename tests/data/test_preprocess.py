@@ -1,0 +1,298 @@
+"""Text to tokens: bad lines, compressed files, units, resuming, many ranks, the command line."""
+
+import argparse
+import bz2
+import gzip
+import json
+import lzma
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megnorm.data import commands, preprocess
+from megnorm.data.documents import Lines, Unit, plan_units
+from megnorm.data.errors import DataError
+from megnorm.data.indexed import IndexedDataset
+from megnorm.data.preprocess import Job, run
+from megnorm.data.sidecar import read_sidecar, verify
+from megnorm.data.tokenizer import load, train
+
+TEXTS = ["one two", "", "drei vier \u00fcnf", "x" * 300, "line\nbreak", "last"]
+GOOD = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+
+BAD = {
+    "malformed JSON": (b'{"text": "a', "not JSON"),
+    "missing key": (b'{"other": "a"}', "no key 'text'"),
+    "null as text": (b'{"text": null}', "null, not a string"),
+    "number as text": (b'{"text": 3}', "number, not a string"),
+    "bad UTF-8": (b'{"text": "\xff"}', "not UTF-8 at byte 11"),
+    "lone surrogate": (b'{"text": "a\\ud800"}', "lone surrogate"),
+    "empty line": (b"", "empty line"),
+    "byte order mark": (b'\xef\xbb\xbf{"text": "a"}', "byte order mark"),
+    "top-level list": (b'["text"]', "a JSON list"),
+    "deep nesting": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+    "long line": (b'{"text": "' + b"y" * 5000 + b'"}', "longer than"),
+    "white space": (b'{"text": " \\n\\t "}', "white space"),
+    "NUL bytes": (b'{"text": "a\x00b"}', "NUL"),
+    "NUL escaped": (b'{"text": "a\\u0000b"}', "NUL"),
+}
+
+
+def job(source: Path, out: Path, **options: object) -> Job:
+    base = Job(inputs=(str(source),), output=str(out), tokenizer="bytes", progress=False, max_line_bytes=1 << 20)
+    return replace(base, **options)
+
+
+def texts_of(prefix: Path) -> list[str]:
+    data, words = IndexedDataset(prefix), load("bytes")
+    return ["".join(words.decode(part) for part in data.document(i)) for i in range(data.document_count)]
+
+
+def files(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(GOOD)
+    return path
+
+
+def test_documents_come_out_in_order(source: Path, tmp_path: Path) -> None:
+    report = run(job(source, tmp_path / "out"))
+    assert texts_of(tmp_path / "out") == TEXTS
+    data = IndexedDataset(tmp_path / "out")
+    assert (report.documents, report.empty, report.tokens) == (6, 1, data.total)
+    assert len(data) == 5 and data.document_count == 6
+    assert all(data[i][-1] == 256 for i in range(5))
+    record = read_sidecar(str(tmp_path / "out"))
+    assert record["eod"] == 256 and record["max_id"] == 256 and record["tokens"] == data.total
+    assert verify(str(tmp_path / "out")) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.bin", "out.idx", "out.meta.json"]
+
+
+@pytest.mark.parametrize("kind", sorted(BAD))
+def test_bad_lines_are_skipped_and_told(tmp_path: Path, kind: str) -> None:
+    line, reason = BAD[kind]
+    source, lines = tmp_path / "in.jsonl", GOOD.splitlines(keepends=True)
+    source.write_bytes(b"".join([*lines[:3], line + b"\n", *lines[3:]]))
+    limit = 4000 if kind == "long line" else 1 << 20
+    for unit_bytes in (1 << 20, max(50, len(line) // 2)):
+        report = run(job(source, tmp_path / "out", max_line_bytes=limit, unit_bytes=unit_bytes))
+        assert report.bad == 1 and report.documents == 6
+        assert report.first[0].startswith(f"{source}:4: ") and reason in report.first[0]
+        assert texts_of(tmp_path / "out") == TEXTS
+        for suffix in (".bin", ".idx", ".meta.json"):
+            Path(f"{tmp_path}/out{suffix}").unlink()
+        with pytest.raises(DataError, match=":4: ") as caught:
+            run(job(source, tmp_path / "out", max_line_bytes=limit, unit_bytes=unit_bytes, strict=True))
+        assert reason in str(caught.value)
+        assert not (tmp_path / "out.bin").exists()
+        shutil.rmtree(tmp_path / "out.parts", ignore_errors=True)
+
+
+def test_only_five_are_told(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD + b"{\n" * 20)
+    report = run(job(source, tmp_path / "out", unit_bytes=64))
+    assert report.bad == 20
+    assert [line.split(":")[1] for line in report.first] == ["7", "8", "9", "10", "11"]
+    with pytest.raises(DataError, match="no document with text in it"):
+        source.write_bytes(b"{}\n")
+        run(job(source, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files(source: Path, tmp_path: Path, suffix: str) -> None:
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}[suffix]
+    run(job(source, tmp_path / "plain"))
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(pack(GOOD[:100]) + pack(GOOD[100:]))  # two members, as made by appending
+    run(job(path, tmp_path / "out"))
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    path.write_bytes(pack(GOOD)[:-20])
+    with pytest.raises(DataError, match="cannot be read beyond line"):
+        run(job(path, tmp_path / "torn"))
+    assert not list(tmp_path.glob("torn*"))
+
+
+@settings(max_examples=50)
+@given(
+    lines=st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=12), unit=st.integers(1, 40)
+)
+def test_every_line_lies_in_one_unit(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], unit: int) -> None:
+    path = tmp_path_factory.mktemp("x") / "in.jsonl"
+    for end in (b"\n", b""):
+        path.write_bytes(b"\n".join(lines) + (end if lines else b""))
+        found = [line for one in plan_units([str(path)], unit) for _, line in Lines(one, 100)]
+        assert found == path.read_bytes().splitlines(keepends=True) or b"\r" in path.read_bytes()
+        assert b"".join(found) == path.read_bytes()
+
+
+def test_long_lines_across_units(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"a\n" + b"b" * 100 + b"\nc\n")
+    units = plan_units([str(path)], 10)
+    assert [line for unit in units for _, line in Lines(unit, 20)] == [b"a\n", None, b"c\n"]
+    assert [line for _, line in Lines(Unit(str(path), 0, 105), 200)] == [b"a\n", b"b" * 100 + b"\n", b"c\n"]
+
+
+def test_units_and_globs_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    lines = GOOD.splitlines(keepends=True)
+    for i in range(3):
+        (tmp_path / f"part{i}.jsonl").write_bytes(b"".join(lines[2 * i : 2 * i + 2]))
+    run(job(source, tmp_path / "one"))
+    run(job(source, tmp_path / "many", unit_bytes=7))
+    run(job(tmp_path / "part*.jsonl", tmp_path / "glob"))
+    assert files(tmp_path / "one") == files(tmp_path / "many") == files(tmp_path / "glob")
+    with pytest.raises(DataError, match="no such file"):
+        run(job(tmp_path / "nothing*", tmp_path / "x"))
+
+
+def test_an_interrupted_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(job(source, tmp_path / "whole", unit_bytes=60))
+    calls, real = [], preprocess._encode_unit
+
+    def dies(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(preprocess, "_encode_unit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(job(source, tmp_path / "out", unit_bytes=60))
+    assert not list(tmp_path.glob("out.bin")) and (tmp_path / "out.parts").is_dir()
+    monkeypatch.setattr(preprocess, "_encode_unit", real)
+    report = run(job(source, tmp_path / "out", unit_bytes=60))
+    assert report.resumed == 3 and report.documents == 6
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_parts_of_another_job_are_not_used(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = preprocess._join
+    monkeypatch.setattr(preprocess, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(job(source, tmp_path / "out"))
+    monkeypatch.setattr(preprocess, "_join", real)
+    report = run(job(source, tmp_path / "out", append_eod=False))
+    assert report.resumed == 0 and 256 not in IndexedDataset(tmp_path / "out").tokens
+
+
+def test_keys_sentences_and_names(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"a": "One. Two! 3?", "b": "x"}\n{"a": "", "b": "y"}\n')
+    run(job(source, tmp_path / "out", keys=("a", "b"), sentences=True, names="megatron"))
+    a, b = (IndexedDataset(tmp_path / f"out_{key}_sentence") for key in "ab")
+    assert [bytes(s[s < 256].astype(np.uint8)) for s in a.document(0)] == [b"One.", b"Two!", b"3?"]
+    assert [int(s[-1]) == 256 for s in a.document(0)] == [False, False, True]
+    assert a.document(1) == [] and b.document_count == 2
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(dest="verb")
+    for name, (_, add, main) in commands.VERBS.items():
+        sub = verbs.add_parser(name)
+        add(sub)
+        sub.set_defaults(main=main)
+    return parser.parse_args(words)
+
+
+def call(*words: object) -> int:
+    args = arguments(*map(str, words))
+    return args.main(args)
+
+
+def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tok, out = tmp_path / "tok", tmp_path / "out"
+    assert call("tokenizer", "train", "--input", source, "--output", tok, "--vocab-size", 300) == 0
+    assert call("preprocess", "--input", source, "--output", out, "--tokenizer", tok, "--quiet") == 0
+    assert "6 documents (1 empty)" in capsys.readouterr().out
+    assert call("data", "verify", out) == 0
+    assert call("data", "inspect", out, "--tokenizer", tok, "--documents", 6) == 0
+    shown = capsys.readouterr().out
+    assert "one two<|endoftext|>" in shown and "6 documents, 5 sequences" in shown
+    assert call("data", "merge", out, out, "--output", tmp_path / "two") == 0
+    assert call("data", "split", tmp_path / "two", "--output", tmp_path / "cut", "--fractions", 1, 1) == 0
+    assert files(tmp_path / "cut_0") == files(out) == files(tmp_path / "cut_1")
+    index = ["--cache", tmp_path / "cache", "--sequence-length", 8, "--seed", 1, "--split", 1, 0, 0]
+    assert call("data", "index", out, *index) == 0
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    Path(f"{out}.meta.json").unlink()
+    with pytest.raises(DataError, match="no checksums"):
+        call("data", "verify", out)
+    assert call("data", "verify", out, "--write") == 0
+    assert call("data", "verify", out) == 0
+    with pytest.raises(DataError, match="no tokenizer there"):
+        call("preprocess", "--input", source, "--output", out, "--tokenizer", tmp_path / "none")
+
+
+def test_a_trained_tokenizer_loads_in_transformers(tmp_path: Path) -> None:
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    with pytest.raises(DataError, match="at least 258"):
+        train(TEXTS, tmp_path / "tok", vocab_size=100)
+    size = train(TEXTS * 9, tmp_path / "tok", vocab_size=300)
+    theirs, ours = auto.from_pretrained(tmp_path / "tok"), load(str(tmp_path / "tok"))
+    text = "one zwei \u4e09 drei"
+    ids = [list(one) for one in ours.encode_batch([text])][0]
+    assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == ours.decode(ids) == text
+    assert len(theirs) == size == ours.vocab_size and theirs.eos_token_id == ours.eod == 0 and theirs.pad_token_id == 1
+
+
+def test_known_ids(shared: Path) -> None:
+    golden = json.loads((shared / "data/tokenizers/golden.json").read_text())
+    gpt2 = load(str(shared / "data/tokenizers/gpt2"))
+    assert [list(i) for i in gpt2.encode_batch(["Hello world"])] == [[15496, 995]]
+    assert gpt2.eod == 50256 and golden
+
+
+def command(project: Path, source: Path, out: Path, *more: object) -> list[str]:
+    tool = project / "tools/preprocess_data.py"
+    words = [sys.executable, tool, "--input", source, "--output-prefix", out, "--tokenizer-type", "ByteLevelTokenizer"]
+    return [*map(str, words), "--append-eod", "--quiet", *map(str, more)]
+
+
+def test_a_killed_process_leaves_no_final_file(project: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    line = json.dumps({"text": "many words " * 200}).encode() + b"\n"
+    source.write_bytes(line * 60000)
+    process = subprocess.Popen(command(project, source, tmp_path / "out"))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.parts/*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "out.parts").is_dir() and not list(tmp_path.glob("out_text*"))
+
+
+@pytest.mark.full
+def test_ranks_write_the_same_bytes(project: Path, tmp_path: Path, shared: Path) -> None:
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if mpirun is None:
+        pytest.skip("no mpirun")
+    source = shared / "golden/megatron_dataset/docs.jsonl"
+    one, four = tmp_path / "one", tmp_path / "four"
+    subprocess.run(command(project, source, one), check=True)
+    words = command(project, source, four, "--unit-bytes", 9000)
+    subprocess.run([mpirun, "-n", "4", *words], check=True, timeout=120)
+    assert files(f"{one}_text_document") == files(f"{four}_text_document")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(GOOD * 50 + b"{\n" + GOOD)
+    words = command(project, bad, tmp_path / "bad", "--unit-bytes", 2000, "--strict")
+    result = subprocess.run([mpirun, "-n", "3", *words], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "bad.jsonl:301: not JSON" in result.stdout + result.stderr
+    assert not list(tmp_path.glob("bad_text*"))

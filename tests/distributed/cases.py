@@ -1,0 +1,88 @@
+"""Configs for parity tests: tiny models over every registered scheme, and a pairwise-covering choice of them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megnorm.config import RunConfig
+from megnorm.models.config import ModelConfig
+from megnorm.norms import registry
+from megnorm.norms.config import NormConfig
+from megnorm.parallel.config import ParallelConfig
+from megnorm.train.config import TrainConfig
+
+# Beyond the defaults of each scheme: options that change what is sharded or summed.
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "normformer+post_projection+resscale": (
+        "normformer",
+        {"head_scale": "post_projection", "residual_scale": True},
+    ),
+}
+# Models that differ in all that may interact with sharding.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"activation": "swiglu", "positions": "rotary"},
+    "gpt2": {"activation": "gelu", "positions": "learned", "bias": True, "tied_head": True, "head_bias": True},
+    "fairseq": {
+        "activation": "relu_squared",
+        "positions": "sinusoidal",
+        "padding_id": 1,
+        "embedding_scale": "sqrt_width",
+    },
+}
+
+
+def schemes() -> list[str]:
+    """Every registered scheme, and those of OPTIONS."""
+    return [*registry.names(), *OPTIONS]
+
+
+def config(
+    scheme: str, *, kv: int = 2, kind: str = "rmsnorm", model: str = "llama", precision: str = "fp64", **parallel: Any
+) -> RunConfig:
+    """A two-layer model of width 32 with 4 heads and a vocabulary of 97, which no layout divides."""
+    name, options = OPTIONS.get(scheme, (scheme, {}))
+    layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
+    sizes = ModelConfig(layers=layers, width=32, heads=4, kv_heads=kv, ffn=48, vocab_size=97, max_positions=16)
+    norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
+    return RunConfig(
+        model=replace(sizes, norm=norm, **MODELS[model]),
+        parallel=ParallelConfig(**parallel),
+        train=TrainConfig(sequence_length=8, micro_batch=2, global_batch=8, precision=precision),  # type: ignore[arg-type]
+    )
+
+
+def pairwise(factors: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Cases such that every two values of different factors meet in one of them (greedy, deterministic)."""
+    names = list(factors)
+    missing = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
+    }  # fmt: skip
+    cases: list[dict[str, Any]] = []
+    while missing:
+        case: dict[str, Any] = {}
+        for name in sorted(names, key=lambda n: -len(factors[n])):
+            case[name] = max(
+                factors[name], key=lambda value: (_gain(missing, {**case, name: value}), -_used(cases, name, value))
+            )
+        if not _covered(missing, case):  # greedy found nothing new: take one missing pair as it is
+            (a, x), (b, y) = sorted(missing, key=str)[0]
+            case |= {a: x, b: y}
+        missing -= _covered(missing, case)
+        cases.append(case)
+    return cases
+
+
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+def _covered(missing: set[Pair], case: dict[str, Any]) -> set[Pair]:
+    return {pair for pair in missing if all(name in case and case[name] == value for name, value in pair)}
+
+
+def _gain(missing: set[Pair], case: dict[str, Any]) -> int:
+    return len(_covered(missing, case))
+
+
+def _used(cases: list[dict[str, Any]], name: str, value: Any) -> int:
+    return sum(case[name] == value for case in cases)

@@ -1,0 +1,285 @@
+"""Every shared golden of a covered kind passes, under the scheme that is expected, and a wrong model does not."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from check_goldens import Line, check, load
+from goldens import run as running
+from goldens.case import Case, NotCovered, find
+from goldens.run import Errors, mesh_of, run
+
+from megnorm.norms.config import NormConfig
+
+FOLDER = Path(os.environ.get("MEGNORM_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "golden"
+ALL = [path.relative_to(FOLDER).as_posix() for path in find(FOLDER)] if FOLDER.is_dir() else []
+
+SCHEMES = {
+    "fairseq_lm__pre_ln_baseline": "preln",
+    "fairseq_lm__post_ln_baseline": "postln",
+    "fairseq_lm__normformer": "normformer",
+    "frontier/gpas_repo_deeppost": "deepnorm_llama",
+    "frontier/lns": "lns",
+    "frontier/mixln_deeppost": "deepnorm_llama",
+    "frontier/mixln_post": "postln",
+    "frontier/mixln_post_pre": "mixln",
+    "frontier/mixln_pre": "preln",
+    "frontier/mixln_sandwich": "sandwich",
+    "frontier/mixln_scale_pre": "preln",
+    "frontier/mixln_scale_res_pre_norm": "skipinit",
+    "frontier/xt_derf": "preln",
+    "frontier/xt_dyt": "preln",
+    "frontier/xt_keel": "keel",
+    "frontier/xt_layerscale": "layerscale",
+    "frontier/xt_post_rms": "postln",
+    "frontier/xt_pre_rms": "preln",
+    "frontier/xt_qk_norm": "qknorm_l2",
+    "frontier/xt_qk_norm_dim_scale": "qknorm_l2",
+    "frontier/xt_sandwich": "sandwich",
+    "frontier/xt_scale_residual": "resscale",
+    "frontier/xt_scalenorm": "preln",
+    "frontier/xt_value_rmsnorm": "valuenorm",
+    "hybrid_dense__pre_norm": "preln",
+    "hybrid_dense__hybridnorm": "hybridnorm",
+    "hybrid_dense__hybridnorm_star": "hybridnorm_star",
+    "hybrid_dense__hybridnorm_star_eps": "hybridnorm_star",
+    "hybrid_dense__": "hybridnorm_",
+    "torchscale__decoder_deepnorm": "deepnorm",
+    "torchscale__decoder_post_ln": "postln",
+    "torchscale__decoder_pre_ln": "preln",
+    "torchscale__decoder_subln": "subln",
+}
+NOT_COVERED = {
+    "encoder-only model", "encoder-decoder model", "mixture of experts", "several streams", "stop-gradient gate",
+    "factors that move with the step", "weights projected after each step", "value residual", "Hugging Face folder",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_golden(shared: Path, name: str) -> None:
+    line = check(FOLDER / name, name)
+    assert line.status != "fail", str(line)
+    if line.status == "not covered":
+        assert line.reason in NOT_COVERED
+        return
+    stem = name.removesuffix(".json")
+    expected = SCHEMES[max((key for key in SCHEMES if stem.startswith(key)), key=len)]
+    if expected == "hybridnorm_":
+        expected += stem.partition("__")[2].removeprefix("hybridnorm_")
+        expected = "hybridnorm" if expected in ("hybridnorm_embed_norm", "hybridnorm_layernorm_bias") else expected
+    assert line.scheme.split(" ")[0].split("(")[0] == expected
+    assert "patched" not in line.scheme
+
+
+def test_every_kind_is_there(shared: Path) -> None:
+    """The expectations above are not vacuous: 56 of the shared goldens are of covered kinds."""
+    covered = 0
+    for name in ALL:
+        with contextlib.suppress(NotCovered):
+            covered += isinstance(load(FOLDER / name), Case)
+    assert covered == 56
+
+
+@pytest.mark.parametrize("name", ["hybridnorm_star", "mix_ln", "first_qkv_pre", "kc_post", "pre_post"])
+def test_a_placement_without_a_name(shared: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Were no scheme registered under it, a placement list would give the same model as a patch."""
+    monkeypatch.setattr("goldens.placement._registered", lambda wanted, layers: None)
+    line = check(FOLDER / f"hybrid_dense__{name}.json", name)
+    assert (line.status, line.scheme) == ("pass", "nonorm(depth_gain=False, final_norm=True) patched")
+
+
+def golden(name: str) -> Case:
+    return load(FOLDER / f"{name}.json")
+
+
+def passes(case: Case, errors: Errors) -> bool:
+    limit = case.tolerance
+    return errors.logits <= limit.logits and errors.loss <= limit.loss and errors.worst[1] <= limit.gradient
+
+
+def with_norm(case: Case, **changes: Any) -> Case:
+    return replace(case, model=replace(case.model, norm=replace(case.model.norm, **changes)))
+
+
+def patched(case: Case, **fields: Any) -> Case:
+    return with_norm(case, patch={"all_layers": fields})
+
+
+WRONG: list[tuple[str, str, Callable[[Case], Case]]] = [
+    (
+        "the head scale before W_o",
+        "fairseq_lm__normformer_scale_heads",
+        lambda c: with_norm(c, options={**c.model.norm.options, "head_scale": "pre_projection"}),
+    ),
+    (
+        "the FFN adds to the stream",
+        "hybrid_dense__hybridnorm",
+        lambda c: patched(c, ffn={"residual": {"source": "stream"}}),
+    ),
+    (
+        "attention adds to its normalized input",
+        "hybrid_dense__pre_norm",
+        lambda c: patched(c, attention={"residual": {"source": "input"}}),
+    ),
+    ("no first-layer exception", "hybrid_dense__mix_ln", lambda c: with_norm(c, scheme="preln")),
+    (
+        "no alpha",
+        "torchscale__decoder_deepnorm",
+        lambda c: with_norm(c, options={"skip": 1.0}),
+    ),
+    (
+        "alpha on the attention only",
+        "torchscale__decoder_deepnorm_flag_only",
+        lambda c: patched(c, ffn={"residual": {"skip": {"value": 1.0}}}),
+    ),
+    ("alpha of the depth", "frontier/mixln_deeppost", lambda c: with_norm(c, options={})),
+    ("a skip of 1", "frontier/xt_keel", lambda c: with_norm(c, options={**c.model.norm.options, "skip": 1.0})),
+    (
+        "the factor of the first layer everywhere",
+        "frontier/lns",
+        lambda c: with_norm(c, scheme="preln"),
+    ),
+    ("another logit scale", "frontier/xt_qk_norm", lambda c: with_norm(c, options={"logit_scale": 9.99})),
+    ("eps of another site", "hybrid_dense__hybridnorm_star_eps", lambda c: with_norm(c, eps=1e-5)),
+    (
+        "the gains of q and k exchanged",
+        "hybrid_dense__hybridnorm",
+        lambda c: exchanged(c, "blocks.0.attention.q_norm.weight", "blocks.0.attention.k_norm.weight"),
+    ),
+    (
+        "gate and up exchanged",
+        "frontier/xt_pre_rms",
+        lambda c: exchanged(c, "blocks.0.ffn.gate.weight", "blocks.0.ffn.up.weight"),
+    ),
+    (
+        "padding in attention and in positions",
+        "fairseq_lm__normformer_all4_relu_squared_padded",
+        lambda c: replace(c, model=replace(c.model, padding_id=None)),
+    ),
+    (
+        "no embedding scale",
+        "fairseq_lm__pre_ln_baseline",
+        lambda c: replace(c, model=replace(c.model, embedding_scale=1.0)),
+    ),
+    (
+        "gelu by tanh",
+        "torchscale__decoder_pre_ln",
+        lambda c: replace(c, model=replace(c.model, activation="gelu_tanh")),
+    ),
+    (
+        "rotary theta",
+        "frontier/mixln_pre",
+        lambda c: replace(c, model=replace(c.model, rope_theta=9000.0)),
+    ),
+]
+
+
+def exchanged(case: Case, a: str, b: str) -> Case:
+    weights = dict(case.weights)
+    weights[a], weights[b] = weights[b], weights[a]
+    return replace(case, weights=weights)
+
+
+@pytest.mark.parametrize(("what", "name", "mutate"), WRONG, ids=[what for what, _, _ in WRONG])
+def test_a_wrong_model_fails(shared: Path, what: str, name: str, mutate: Callable[[Case], Case]) -> None:
+    case = golden(name)
+    assert passes(case, run(case))
+    wrong = mutate(case)
+    errors = run(wrong)
+    assert not passes(wrong, errors)
+    assert errors.logits > 10 * case.tolerance.logits
+
+
+MISSING: list[tuple[str, str, dict[str, Any], str]] = [
+    ("head scale", "fairseq_lm__normformer_all4", {"attention": {"head_scale": None}}, "head_scale' has no place"),
+    ("inner norm", "torchscale__decoder_subln", {"ffn": {"inner": None}}, "inner_norm.bias' has no place"),
+    ("a norm too many", "hybrid_dense__hybridnorm", {"attention": {"input": {}}}, "input_norm.weight' is not in"),
+    ("a norm over the width", "hybrid_dense__qk_post", {"attention": {"q": {"over": "width"}}}, "is [32] in the model"),
+]
+
+
+@pytest.mark.parametrize(("what", "name", "patch", "words"), MISSING, ids=[what for what, *_ in MISSING])
+def test_a_parameter_left_over_or_missing_is_named(
+    shared: Path, what: str, name: str, patch: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        run(patched(golden(name), **patch))
+
+
+@pytest.mark.parametrize("name", ["fairseq_lm__normformer_all3", "frontier/mixln_pre"])
+def test_a_wrong_gradient_fails(shared: Path, name: str) -> None:
+    """Each gradient is compared by itself: an error in the smallest shows, above a thousandth of the global norm."""
+    case = golden(name)
+    smallest = min(case.grads, key=lambda key: case.grads[key].norm())
+    everything = torch.stack([grad.norm() for grad in case.grads.values()]).norm()
+    bump = torch.zeros_like(case.grads[smallest])
+    bump.view(-1)[0] = 2 * case.tolerance.gradient * max(case.grads[smallest].norm(), 1e-3 * everything)
+    errors = run(replace(case, grads={**case.grads, smallest: case.grads[smallest] + bump}))
+    assert errors.worst[0] == smallest
+    assert errors.worst[1] > case.tolerance.gradient
+
+
+def test_a_nan_fails(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = golden("frontier/mixln_pre")
+    broken = replace(case, grads={**case.grads, "final_norm.weight": torch.full((32,), torch.nan)})
+    monkeypatch.setattr("check_goldens.load", lambda path: broken)
+    line = check(FOLDER / "x.json", "x")
+    assert line.status == "fail"
+    assert "final_norm.weight" in line.reason
+
+
+TP_NAMES = [
+    "fairseq_lm__normformer_all4_relu_squared_padded",
+    "fairseq_lm__normformer_post_ln_all4",
+    "frontier/xt_derf",
+    "frontier/xt_qk_norm_dim_scale",
+    "hybrid_dense__hybridnorm_layernorm_bias",
+    "hybrid_dense__qkvc_post",
+    "torchscale__decoder_subln",
+]
+
+
+def tp_check(rank: int, world: int, folder: str, name: str) -> Line:
+    return check(Path(folder) / f"{name}.json", name, tp=world)
+
+
+def tp_without_reduction(rank: int, world: int, folder: str, name: str) -> tuple[float, float]:
+    case = load(Path(folder) / f"{name}.json")
+    reduce = running.reduce_replicated_grads
+    running.reduce_replicated_grads = lambda params, mesh: None
+    try:
+        errors = run(case, mesh_of(case, world))
+    finally:
+        running.reduce_replicated_grads = reduce
+    return errors.logits, errors.worst[1]
+
+
+@pytest.mark.parametrize("name", TP_NAMES)
+def test_tensor_parallel(shared: Path, ranks: Callable[[int], Any], name: str) -> None:
+    for line in ranks(2).run(tp_check, str(FOLDER), name):
+        assert line.status == "pass", str(line)
+
+
+@pytest.mark.full
+def test_replicated_key_value_heads(shared: Path, ranks: Callable[[int], Any]) -> None:
+    lines = ranks(4).run(tp_check, str(FOLDER), "hybrid_dense__hybridnorm_layernorm_bias")
+    assert {line.status for line in lines} == {"pass"}
+    lines = ranks(4).run(tp_check, str(FOLDER), "frontier/mixln_pre")
+    assert {(line.status, line.reason) for line in lines} == {("not covered", "tp 4 does not divide heads 2")}
+
+
+def test_partial_gradients_fail(shared: Path, ranks: Callable[[int], Any]) -> None:
+    """The tool sees it when gradients of replicated parameters are not summed over the group."""
+    for logits, gradient in ranks(2).run(tp_without_reduction, str(FOLDER), "hybrid_dense__hybridnorm"):
+        assert logits < 1e-10
+        assert gradient > 1e-3
+
+
+def test_norm_config_is_a_value(shared: Path) -> None:
+    assert golden("hybrid_dense__hybridnorm").model.norm == NormConfig("hybridnorm", bias=False)

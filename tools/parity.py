@@ -1,0 +1,215 @@
+"""Is the parallel run the serial run? The worst difference of loss, gradients and weights, for any config and layout.
+
+    python tools/parity.py --config run.yaml --layout tp=2 [key=value ...]
+
+Starts its own gloo ranks on this machine, builds the config's model twice with the training code (once serially, once in
+the layout), feeds both the same random tokens with an uneven loss mask, and compares. A difference is measured relative to
+max(norm of the tensor, 1e-3 of the norm of all). Exit code 1 above tolerance.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from megnorm import config as configs
+from megnorm.config import RunConfig
+from megnorm.models.causal import CausalLM, Tokens
+from megnorm.optim.clip import global_norm
+from megnorm.parallel.data_parallel import GradBuffer
+from megnorm.parallel.layout import full_tensor, named_matrices, reduce_replicated_grads
+from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.rng import derive
+from megnorm.plan import Plan, make_plan
+from megnorm.train.build import build_trained_model, mesh_of
+
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
+SGD_STEPS, SGD_RATE = 10, 0.05
+PARTS = 4  # micro-batches of a step over all data-parallel ranks, whatever the layout
+
+
+@dataclass
+class Trace:
+    """What one run of a layout showed: full logical tensors by name, on the CPU."""
+
+    initial: dict[str, Tensor]
+    losses: list[float]
+    grads: dict[str, Tensor]
+    grad_norm: float
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The worst relative differences between two traces, and where. initial_equal: bit for bit."""
+
+    initial_equal: bool
+    loss: float
+    grad: float
+    grad_name: str
+    norm: float
+    weight: float
+    weight_name: str
+
+    @property
+    def worst(self) -> float:
+        return max(self.loss, self.grad, self.norm, self.weight)
+
+
+def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
+    """Run ``steps`` SGD steps in the layout of ``mesh``: initial weights, losses, first gradients, last weights."""
+    model, _ = build_trained_model(plan, mesh)
+    named = list(named_matrices(model))
+    buffer = GradBuffer(list(model.parameters()), next(model.parameters()).dtype)
+    initial = {n.name: full_tensor(n, n.param.detach(), mesh) for n in named}
+    losses: list[float] = []
+    grads: dict[str, Tensor] = {}
+    norm = 0.0
+    for step in range(steps):
+        losses.append(_forward_backward(plan, mesh, model, buffer, step))
+        if step == 0:
+            norm = float(global_norm(named, mesh))
+            grads = {n.name: full_tensor(n, n.param.main_grad, mesh) for n in named}
+        for param in buffer.params:
+            param.data.add_(param.main_grad, alpha=-SGD_RATE)
+    return Trace(initial, losses, grads, norm, {n.name: full_tensor(n, n.param.detach(), mesh) for n in named})
+
+
+def _forward_backward(plan: Plan, mesh: Mesh, model: CausalLM, buffer: GradBuffer, step: int) -> float:
+    """One step's global loss; gradients end in the buffer, reduced as training reduces them."""
+    parts = [random_batch(plan.config, step, i) for i in range(PARTS)]
+    tokens = sum(float(part.loss_mask.sum()) for part in parts)
+    buffer.zero()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts[mesh.dp.rank :: mesh.dp.size]:
+        loss = model(part) / tokens
+        loss.backward()
+        total += loss.detach()
+    if mesh.dp.size > 1:
+        dist.all_reduce(total, group=mesh.dp.group)
+    buffer.reduce(mesh)
+    reduce_replicated_grads(buffer.params, mesh)
+    return float(total)
+
+
+def random_batch(config: RunConfig, step: int, index: int) -> Tokens:
+    """Random tokens [s, b] with a random loss mask whose sum differs between micro-batches, and padding if there is any."""
+    generator = torch.Generator().manual_seed(derive(7, step, index))
+    s, b, v = config.train.sequence_length, config.train.micro_batch, config.model.vocab_size
+    tokens = torch.randint(0, v, (s + 1, b), generator=generator)
+    if config.model.padding_id is not None:
+        tokens[-(index + 1) :, 0] = config.model.padding_id
+    mask = (torch.rand(s, b, generator=generator) < (0.5 + 0.1 * index)).float()
+    return Tokens(tokens[:-1], tokens[1:], mask)
+
+
+def compare(serial: Trace, parallel: Trace) -> Difference:
+    """The worst differences; every name of one must be in the other."""
+    if set(serial.grads) != set(parallel.grads):
+        raise AssertionError(f"the runs differ in their tensors: {sorted(set(serial.grads) ^ set(parallel.grads))}")
+    grad, grad_name = _worst(serial.grads, parallel.grads)
+    weight, weight_name = _worst(serial.weights, parallel.weights)
+    loss = max(abs(a - b) / max(abs(a), 1e-30) for a, b in zip(serial.losses, parallel.losses, strict=True))
+    norm = abs(serial.grad_norm - parallel.grad_norm) / serial.grad_norm
+    equal = all(torch.equal(serial.initial[name], parallel.initial[name]) for name in serial.initial)
+    return Difference(equal, loss, grad, grad_name, norm, weight, weight_name)
+
+
+def _worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
+    everything = float(torch.stack([x.double().norm() for x in a.values()]).norm())
+    if not everything:
+        return float("inf"), "all zero"
+    found = [
+        (
+            float((a[name].double() - b[name].double()).norm())
+            / max(float(a[name].double().norm()), 1e-3 * everything),
+            name,
+        )
+        for name in a
+    ]
+    return max((value if value == value else float("inf"), name) for value, name in found)
+
+
+def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) -> Difference | None:
+    """The body of a rank: both runs and their difference on rank 0. The default process group must be initialized."""
+    plan = make_plan(config, world)
+    parallel = trace(plan, mesh_of(plan, torch.device("cpu")), steps)
+    if rank != 0:
+        return None
+    return compare(trace(make_plan(serial_of(config), 1), Mesh(), steps), parallel)
+
+
+def serial_of(config: RunConfig) -> RunConfig:
+    """The same run on one rank."""
+    alone = dataclasses.replace(config.parallel, tp=1, pp=1, dp=1, sequence_parallel=None)
+    return dataclasses.replace(config, parallel=alone)
+
+
+def parse_layout(text: str) -> list[str]:
+    """``tp=2,dp=2`` -> overrides of the parallel section."""
+    return [f"parallel.{part.strip()}" for part in text.split(",") if part.strip()]
+
+
+def _spawned(rank: int, world: int, store: str, config: RunConfig, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    difference = on_rank(rank, world, config)
+    if difference is not None:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(difference), file)
+    dist.barrier()  # a rank that leaves early breaks the connections of those still at work
+    dist.destroy_process_group()
+
+
+def run(config: RunConfig, world: int) -> Difference:
+    """Start ``world`` ranks and measure."""
+    make_plan(config, world)
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "difference.json")
+        mp.spawn(_spawned, (world, os.path.join(folder, "store"), config, out), nprocs=world)
+        with open(out, encoding="utf-8") as file:
+            found: dict[str, Any] = json.load(file)
+    return Difference(**found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file of a run")
+    parser.add_argument("--layout", required=True, help="e.g. tp=2 or tp=2,dp=2,sequence_parallel=false")
+    parser.add_argument("--precision", choices=sorted(TOLERANCE), default="fp64")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    try:
+        layout = parse_layout(args.layout)
+        config = configs.load(args.config, [*args.overrides, f"train.precision={args.precision}", *layout])
+        sizes = config.parallel
+        world = sizes.tp * sizes.pp * (sizes.dp or 1)
+        difference = run(config, world)
+    except ValueError as error:
+        print(f"parity: {error}", file=sys.stderr)
+        return 2
+    bound = TOLERANCE[args.precision]
+    good = difference.initial_equal and difference.worst <= bound
+    print(
+        f"scheme {config.model.norm.scheme}, layout {args.layout} on {world} ranks, {args.precision}, tolerance {bound:g}"
+    )
+    print(f"initial weights   {'equal bit for bit' if difference.initial_equal else 'DIFFERENT'}")
+    print(f"loss              {difference.loss:.2e}")
+    print(f"gradient          {difference.grad:.2e}  {difference.grad_name}")
+    print(f"clip norm         {difference.norm:.2e}")
+    print(f"weights, {SGD_STEPS} steps  {difference.weight:.2e}  {difference.weight_name}")
+    print("pass" if good else "FAIL")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
