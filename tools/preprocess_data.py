@@ -28,7 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--merge-file", help="merges.txt beside the vocabulary")
     parser.add_argument("--append-eod", action="store_true")
     parser.add_argument("--output-prefix", required=True)
-    parser.add_argument("--workers", type=int, default=1, help="threads of the tokenizer")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument(
         "--partitions", type=int, default=1, help="input is always cut in units; accepted for old scripts"
     )
@@ -37,7 +37,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--eod-token", help="name of the end-of-document token (default: the tokenizer's own)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad line")
-    parser.add_argument("--unit-bytes", type=int, default=64 << 20, help="input is cut in units of this size")
+    parser.add_argument("--unit-bytes", type=int, help="input is cut in units of this size")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                 eod_token=args.eod_token,
                 sentences=args.split_sentences,
                 strict=args.strict,
-                threads=args.workers,
+                workers=args.workers,
                 names="megatron",
                 unit_bytes=args.unit_bytes,
                 progress=not args.quiet,

@@ -14,7 +14,7 @@ from megnorm.checkpoint.format import COMPLETE, MANIFEST, CheckpointError
 from megnorm.checkpoint.read import read_full, read_meta, verify
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="inspect | verify | diff")
     path_help = "a checkpoint, a folder of checkpoints, or a run folder (then its latest checkpoint)"
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     diff.set_defaults(checkpoint_run=_diff)
 
 
-def main(args: argparse.Namespace) -> int:
+def run_checkpoint(args: argparse.Namespace) -> int:
     """Run the verb; the exit code. Raises CheckpointError for what cannot be opened."""
     code: int = args.checkpoint_run(args)
     return code

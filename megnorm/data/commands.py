@@ -36,13 +36,11 @@ def add_preprocess_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first bad line (default: skip, count and tell)"
     )
-    parser.add_argument("--threads", type=int, help="threads of the tokenizer (default: all cores)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (one uses the tokenizer's own threads)")
     parser.add_argument(
         "--max-line-bytes", type=int, default=LIMIT, help="longer lines are bad lines (default: 64 MiB)"
     )
-    parser.add_argument(
-        "--unit-bytes", type=int, default=LIMIT, help="input is cut in units of this size to share and resume"
-    )
+    parser.add_argument("--unit-bytes", type=int, help="size of the units in which input is shared and resumed")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -58,7 +56,7 @@ def run_preprocess(args: argparse.Namespace) -> int:
             eod_token=args.eod_token,
             sentences=args.split_sentences,
             strict=args.strict,
-            threads=args.threads,
+            workers=args.workers,
             unit_bytes=args.unit_bytes,
             max_line_bytes=args.max_line_bytes,
             progress=not args.quiet,

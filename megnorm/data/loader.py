@@ -56,6 +56,11 @@ class Loader:
         if len(set(paths)) != len(paths):
             raise DataError("data.path names the same prefix twice: name it once and give it a larger weight.")
         self.records = {path: read_sidecar(path) for path in paths}
+        if config.tokenizer is not None and not Path(config.tokenizer).exists():
+            raise DataError(
+                f"data.tokenizer: there is no '{config.tokenizer}'; give the tokenizer.json, or its folder, with which the "
+                "token files were written."
+            )
         if config.verify:
             for path in paths:
                 verify(path)
@@ -115,7 +120,7 @@ class Loader:
             largest = int(data.read(0, min(SCAN, data.total)).max(initial=0))
         self._require(largest, data.prefix)
         written = (record or {}).get("tokenizer")
-        if written and self.config.tokenizer and Path(self.config.tokenizer).exists():
+        if written and self.config.tokenizer:
             given = fingerprint(self.config.tokenizer)
             if given["sha256"] != written["sha256"]:
                 raise DataError(

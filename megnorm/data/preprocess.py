@@ -6,6 +6,7 @@ that uses the tokenizer's threads, or by many ranks under MPI; the result is the
 
 import hashlib
 import json
+import multiprocessing
 import os
 import queue
 import re
@@ -13,9 +14,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,10 @@ SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[^\Wa-z])|(?<=[\u3002\
 
 @dataclass(frozen=True)
 class Job:
-    """What to preprocess. output: prefix; with several keys, or names "megatron", keys are added to it."""
+    """What to preprocess. output: prefix; with several keys, or names "megatron", keys are added to it.
+
+    workers: processes; one by itself uses all threads of the tokenizer.
+    """
 
     inputs: tuple[str, ...]
     output: str
@@ -46,9 +51,9 @@ class Job:
     eod_token: str | None = None
     sentences: bool = False
     strict: bool = False
-    threads: int | None = None
+    workers: int = 1
     names: str = "plain"
-    unit_bytes: int = 64 << 20
+    unit_bytes: int | None = None
     max_line_bytes: int = 64 << 20
     progress: bool = True
 
@@ -82,9 +87,8 @@ def run(job: Job) -> Report:
     """Preprocess; under MPI every rank takes its units and rank 0 joins them. The report is whole on rank 0."""
     ranks = Ranks.find()
     begun = time.monotonic()
-    if job.threads is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(job.threads)  # read by the library at its first batch
-    units = plan_units(find_inputs(job.inputs), job.unit_bytes)
+    paths = find_inputs(job.inputs)
+    units = plan_units(paths, job.unit_bytes or unit_size(paths))
     tokenizer = load(job.tokenizer, eod=job.eod_token)
     if job.append_eod and tokenizer.eod is None:
         raise DataError(
@@ -97,14 +101,18 @@ def run(job: Job) -> Report:
     mine = list(range(ranks.rank, len(units), ranks.size))
     todo = [number for number in mine if not _done(parts, number).is_file()]
     report = Report(resumed=len(mine) - len(todo))
-    with _bar(job, units, mine, todo, ranks) as bar:
-        try:
-            for number in todo:
-                _encode_unit(job, tokenizer, units[number], number, parts, bar)
-        except BaseException:
-            if ranks.size == 1 and not any(parts.glob("*.json")):
-                shutil.rmtree(parts)  # nothing in it to go on from
-            raise
+    try:
+        total, left = (sum(units[i].bytes for i in numbers) for numbers in (mine, todo))
+        with Progress(total, total - left, hidden=not job.progress or ranks.rank != 0) as progress:
+            if job.workers > 1 and len(todo) > 1:
+                _share(job, {number: units[number] for number in todo}, parts, progress)
+            else:
+                for number in todo:
+                    encode_unit(job, tokenizer, units[number], number, parts, progress)
+    except BaseException:
+        if ranks.size == 1 and not any(parts.glob("*.json")):
+            shutil.rmtree(parts)  # nothing in it to go on from
+        raise
     ranks.barrier()
     if ranks.rank == 0:
         _join(job, tokenizer, parts, len(units), report)
@@ -114,13 +122,79 @@ def run(job: Job) -> Report:
     return report
 
 
+def unit_size(paths: Sequence[str]) -> int:
+    """Input is cut in about 64 units of 1 to 64 MiB, whoever works on them: so another number of workers can go on."""
+    total = sum(Path(path).stat().st_size for path in paths)
+    return min(max(total // 64, 1 << 20), 64 << 20)
+
+
+_TOKENIZER: Tokenizer | None = None  # of a worker process
+
+
+def _start_worker(path: str, eod: str | None, threads: int) -> None:
+    global _TOKENIZER
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the library at its first batch
+    _TOKENIZER = load(path, eod=eod)
+
+
+def _work(job: Job, unit: Unit, number: int, parts: Path) -> dict[str, Any]:
+    assert _TOKENIZER is not None
+    with Progress(unit.bytes, hidden=True) as progress:
+        return asdict(encode_unit(job, _TOKENIZER, unit, number, parts, progress))
+
+
+def _share(job: Job, units: Mapping[int, Unit], parts: Path, progress: "Progress") -> None:
+    """Units over worker processes. A worker that dies ends the run; what is done stays done."""
+    threads = max(1, (os.cpu_count() or 1) // job.workers)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job.tokenizer, job.eod_token, threads))
+    try:
+        futures = {pool.submit(_work, job, unit, number, parts): unit for number, unit in units.items()}
+        for future in as_completed(futures):
+            progress.add(Report(**future.result()), futures[future].bytes)
+    except BrokenProcessPool:
+        raise DataError(
+            f"a worker process died (killed, or out of memory): {job.output} is not written; run the same command again "
+            "to go on, with fewer --workers if memory is short."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Progress:
+    """The progress bar: bytes of input, with documents, megabytes of JSON and tokens a second."""
+
+    def __init__(self, total: int, done: int = 0, *, hidden: bool) -> None:
+        self.bar: tqdm[Any] = tqdm(
+            total=total, initial=done, unit="B", unit_scale=True, disable=hidden, desc="preprocess"
+        )
+        self.sum, self.begun = Report(), time.monotonic()
+
+    def add(self, done: Report, moved: int) -> None:
+        """What was done since the last call, and the bytes of input it took."""
+        self.sum.add(asdict(done))
+        spent = max(time.monotonic() - self.begun, 1e-9)
+        self.bar.set_postfix_str(
+            f"{self.sum.documents / spent:,.0f} documents/s, {self.sum.bytes / spent / 1e6:.2f} MB/s, "
+            f"{self.sum.tokens / spent:,.0f} tokens/s",
+            refresh=False,
+        )
+        self.bar.update(moved)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
 def _done(parts: Path, number: int) -> Path:
     return parts / f"{number:06d}.json"
 
 
 def _claim(parts: Path, job: Job, units: Sequence[Unit]) -> None:
     """Take up the parts of an interrupted run of the same job; drop those of another."""
-    skip = ("threads", "strict", "progress", "inputs")
+    skip = ("workers", "strict", "progress", "inputs", "unit_bytes")
     what = {name: value for name, value in asdict(job).items() if name not in skip}
     stamps = {unit.path: Path(unit.path).stat().st_mtime_ns for unit in units}
     what |= {"units": [asdict(unit) for unit in units], "stamps": stamps, "tokenizer": fingerprint(job.tokenizer)}
@@ -137,53 +211,38 @@ def _claim(parts: Path, job: Job, units: Sequence[Unit]) -> None:
         torn.unlink()
 
 
-def _bar(job: Job, units: Sequence[Unit], mine: Sequence[int], todo: Sequence[int], ranks: Ranks) -> "tqdm[Any]":
-    total = sum(units[i].bytes for i in mine)
-    left = sum(units[i].bytes for i in todo)
-    hidden = not job.progress or ranks.rank != 0
-    return tqdm(
-        total=total, initial=total - left, unit="B", unit_scale=True, disable=hidden, desc="preprocess", smoothing=0.1
-    )
-
-
-def _encode_unit(job: Job, tokenizer: Tokenizer, unit: Unit, number: int, parts: Path, bar: "tqdm[Any]") -> None:
+def encode_unit(job: Job, tokenizer: Tokenizer, unit: Unit, number: int, parts: Path, progress: Progress) -> Report:
+    """Write the part files of one unit, then the report that says they are whole."""
     tally, report, lines = Tally(job.strict), Report(), Lines(unit, job.max_line_bytes)
     dtype = smallest_dtype(tokenizer.vocab_size)
+    eod = tokenizer.eod if job.append_eod else None
     writers = [IndexedWriter(parts / f"{number:06d}.{i}", dtype) for i in range(len(job.keys))]
-    shown, begun = 0, time.monotonic()
-    encoded = (
-        (size, count, [tokenize(texts, tokenizer, job.sentences) for texts in columns])
-        for size, count, columns in _ahead(_batches(lines, job, tally))
-    )
+    shown = 0
     try:
-        for size, count, columns in _ahead(encoded):
-            for writer, (ids, owner, total) in zip(writers, columns, strict=True):
-                tokens, lengths, ends = lay_out(ids, owner, total, tokenizer.eod if job.append_eod else None)
+        for size, columns in _ahead(_batches(lines, job, tally)):
+            step = Report(documents=len(columns[0]), bytes=size)
+            for writer, texts in zip(writers, columns, strict=True):
+                tokens, lengths, ends = encode(texts, tokenizer, eod, job.sentences)
                 writer.add(tokens, lengths, ends)
-                report.empty += int((np.diff(ends, prepend=0) == 0).sum())
-                report.tokens += len(tokens)
-            report.documents += count
-            report.bytes += size
-            bar.update(lines.position - shown)
+                step.empty += int((np.diff(ends, prepend=0) == 0).sum())
+                step.tokens += len(tokens)
+            report.add(asdict(step))
+            progress.add(step, lines.position - shown)
             shown = lines.position
-            spent = max(time.monotonic() - begun, 1e-9)
-            bar.set_postfix_str(
-                f"{report.documents / spent:,.0f} documents/s, {report.bytes / spent / 1e6:.2f} MB/s, "
-                f"{report.tokens / spent:,.0f} tokens/s"
-            )
         for writer in writers:
             writer.finish()
     except BaseException:
         for writer in writers:
             writer.discard()
         raise
-    bar.update(unit.bytes - shown)
+    progress.add(Report(), unit.bytes - shown)
     report.bad, report.first = tally.count, tally.first
     write_atomic(_done(parts, number), json.dumps(asdict(report)).encode())
+    return report
 
 
-def _batches(lines: Lines, job: Job, tally: Tally) -> Iterator[tuple[int, int, list[list[str]]]]:
-    """(bytes, documents, for each key the texts) in pieces of about BATCH bytes."""
+def _batches(lines: Lines, job: Job, tally: Tally) -> Iterator[tuple[int, list[list[str]]]]:
+    """(bytes, for each key the texts) in pieces of about BATCH bytes."""
     columns: list[list[str]] = [[] for _ in job.keys]
     size = 0
     for count, texts in documents(lines, job.keys, tally):
@@ -191,10 +250,10 @@ def _batches(lines: Lines, job: Job, tally: Tally) -> Iterator[tuple[int, int, l
             column.append(text)
         size += count
         if size >= BATCH:
-            yield size, len(columns[0]), columns
+            yield size, columns
             columns, size = [[] for _ in job.keys], 0
     if size:
-        yield size, len(columns[0]), columns
+        yield size, columns
 
 
 def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
@@ -235,34 +294,26 @@ def _ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
         thread.join()
 
 
-Encoded = tuple[Iterable[Sequence[int]], NDArray[np.int64], int]
-
-
-def tokenize(texts: list[str], tokenizer: Tokenizer, sentences: bool) -> Encoded:
-    """(ids of every sequence, the document each belongs to, documents)."""
-    if not sentences:
-        return tokenizer.encode_batch(texts), np.arange(len(texts)), len(texts)
-    pieces = [[piece for piece in SENTENCE.split(text) if piece] for text in texts]
-    owner = np.repeat(np.arange(len(texts)), [len(piece) for piece in pieces])
-    return tokenizer.encode_batch([piece for one in pieces for piece in one]), owner, len(texts)
-
-
-def lay_out(
-    sequences: Iterable[Sequence[int]], owner: NDArray[np.int64], documents: int, eod: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def encode(
+    texts: list[str], tokenizer: Tokenizer, eod: int | None, sentences: bool
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
     """(tokens, lengths of sequences, sequences written when each document ends), as ``IndexedWriter.add`` takes them.
 
     A sequence without tokens is left out; eod ends each document that has tokens.
     """
-    ids = list(sequences)
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    values = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum()))
+    owner = np.arange(len(texts))
+    if sentences:
+        pieces = [[piece for piece in SENTENCE.split(text) if piece] for text in texts]
+        owner = np.repeat(owner, [len(piece) for piece in pieces])
+        values, lengths = tokenizer.encode_batch([piece for one in pieces for piece in one])
+    else:
+        values, lengths = tokenizer.encode_batch(texts)
     sizes = lengths[lengths > 0]
-    counts = np.bincount(owner[lengths > 0], minlength=documents)
+    counts = np.bincount(owner[lengths > 0], minlength=len(texts))
     ends = np.cumsum(counts)
     if eod is not None:
         last = ends[counts > 0] - 1  # the last sequence of every document that has one
-        values = np.insert(values, np.cumsum(sizes)[last], eod)
+        values = np.insert(values.astype(np.int64), np.cumsum(sizes)[last], eod)
         sizes[last] += 1
     return values, sizes, ends
 

@@ -8,33 +8,48 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megnorm.data.atomic import write_atomic
 from megnorm.data.errors import DataError
+from megnorm.data.pieces import Pieces, applies
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What preprocessing and inspection need. eod: id of the end-of-document token, None where there is none."""
+    """What preprocessing and inspection need. eod: id of the end-of-document token, None where there is none.
+
+    encode_batch gives the tokens of all texts, one after the other, and how many each text has.
+    """
 
     vocab_size: int
     eod: int | None
 
-    def encode_batch(self, texts: list[str]) -> Iterable[Sequence[int]]: ...
+    def encode_batch(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+def flatten(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Lists of ids as one array and their lengths."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
+
+
 class HuggingFace:
-    """The ``tokenizers`` library; a batch is spread over its own threads."""
+    """The ``tokenizers`` library; a batch is spread over its own threads, or looked up in a table where that is exact."""
 
     def __init__(self, inner: Any, eod: str | None = None) -> None:
         self.inner = inner
         self.inner.no_truncation()
         self.inner.no_padding()
+        self.pieces = Pieces(inner) if applies(inner) else None
         self.vocab_size = int(inner.get_vocab_size(with_added_tokens=True))
         names = (eod,) if eod else END_NAMES
         found = (inner.token_to_id(name) for name in names)
@@ -42,8 +57,10 @@ class HuggingFace:
         if eod and self.eod is None:
             raise DataError(f"the tokenizer has no token {eod!r}: name its end-of-document token with --eod-token.")
 
-    def encode_batch(self, texts: list[str]) -> Iterable[Sequence[int]]:
-        return (item.ids for item in self.inner.encode_batch_fast(texts, add_special_tokens=False))
+    def encode_batch(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        if self.pieces is not None:
+            return self.pieces.encode_batch(texts)
+        return flatten([item.ids for item in self.inner.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=False))
@@ -62,9 +79,8 @@ class SentencePiece:
         number = self.inner.piece_to_id(eod) if eod else self.inner.eos_id()
         self.eod = None if number < 0 else int(number)
 
-    def encode_batch(self, texts: list[str]) -> Iterable[Sequence[int]]:
-        result: list[list[int]] = self.inner.encode(texts, num_threads=os.cpu_count() or 1)
-        return result
+    def encode_batch(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return flatten(self.inner.encode(texts, num_threads=os.cpu_count() or 1))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids)))
@@ -82,9 +98,8 @@ class Tiktoken:
         self.vocab_size = int(self.inner.n_vocab)
         self.eod: int | None = int(self.inner.encode_single_token(eod) if eod else self.inner.eot_token)
 
-    def encode_batch(self, texts: list[str]) -> Iterable[Sequence[int]]:
-        result: list[list[int]] = self.inner.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return result
+    def encode_batch(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        return flatten(self.inner.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids)))
@@ -96,8 +111,9 @@ class Bytes:
     vocab_size: int = 257
     eod: int | None = 256
 
-    def encode_batch(self, texts: list[str]) -> Iterable[Sequence[int]]:
-        return (list(text.encode()) for text in texts)
+    def encode_batch(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        parts = [text.encode() for text in texts]
+        return np.frombuffer(b"".join(parts), np.uint8), np.array([len(part) for part in parts], np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")

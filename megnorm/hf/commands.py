@@ -25,7 +25,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", action="append", default=[], help="for the model card; may be repeated")
 
 
-def convert(args: argparse.Namespace) -> int:
+def run_convert(args: argparse.Namespace) -> int:
     """0 done; 2 and nothing written when the model does not fit or the logits differ."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

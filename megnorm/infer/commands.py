@@ -24,7 +24,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="e.g. cpu, cuda (default: cuda where there is one)")
 
 
-def generate(args: argparse.Namespace) -> int:
+def run_generate(args: argparse.Namespace) -> int:
     """Print each continuation after its prompt; the exit code."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -33,8 +33,7 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("generate needs transformers: pip install megnorm[hf]") from None
     import torch
 
-    from megnorm.infer.generate import Sampling, load
-    from megnorm.infer.generate import generate as continue_
+    from megnorm.infer.generate import Sampling, generate, load
 
     logging.disable_progress_bar()
     sampling = Sampling(
@@ -48,14 +47,14 @@ def generate(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = load(args.source, dtype=getattr(torch, args.dtype), device=device, tokenizer=args.tokenizer)
     if args.tokens:
-        for row in continue_(generator, [args.tokens], sampling):
+        for row in generate(generator, [args.tokens], sampling):
             print(*args.tokens, *row)
         return 0
     if generator.tokenizer is None:
         raise ValueError(f"{args.source} has no tokenizer; give --tokenizer, or token ids by --tokens")
     texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
     prompts = [generator.tokenizer(text)["input_ids"] for text in texts]
-    rows = continue_(generator, prompts, sampling)
+    rows = generate(generator, prompts, sampling)
     for i, row in enumerate(rows):
         text = texts[i // sampling.count]
         print(text + generator.tokenizer.decode(row, skip_special_tokens=True))

@@ -90,7 +90,6 @@ def generate(generator: Generator, prompts: Sequence[Sequence[int]], sampling: S
             ids.to(device),
             attention_mask=mask.to(device),
             generation_config=_options(sampling, end, filler),
-            use_model_defaults=False,
         )
     return [_until(row[longest:].tolist(), end) for row in out]
 

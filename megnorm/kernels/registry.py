@@ -69,6 +69,9 @@ def choose(need: Need, prefer: Mapping[str, str]) -> Callable[..., Any]:
 
     Raises ValueError when the preferred backend is unknown or refuses: a wish is never dropped silently.
     """
+    for op in prefer:
+        if op not in OPS:
+            raise ValueError(f"kernels.prefer.{op}: there is no such operation; there are {', '.join(OPS)}")
     wanted = prefer.get(need.op)
     refusals = []
     for candidate in offers(need.op):

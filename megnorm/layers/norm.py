@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from megnorm.layers.env import Env
 from megnorm.layers.linear import Share
 from megnorm.norms.scheme import Norm
-from megnorm.norms.sites import KV_SITES, STREAM_SITES, Placement, placement
+from megnorm.norms.sites import STREAM_SITES, placement
 from megnorm.parallel.collectives import all_reduce
 from megnorm.parallel.layout import Layout, Matrix, parameter
 from megnorm.parallel.mesh import Axis
@@ -34,66 +34,38 @@ class NormLayer(nn.Module):
 
     def __init__(self, norm: Norm, site: str, units: int, width: int, env: Env) -> None:
         super().__init__()
-        assert norm.kind is not None and norm.eps is not None and norm.gain is not None and norm.alpha is not None
-        place = placement(site, norm.over)
-        self.norm, self.axis = norm, env.mesh.tp if place.statistics == "tp" else Axis("none")
-        share = Share(0, units, 1) if site in STREAM_SITES else Share.of(units, env.mesh)
-        self.share = 1.0 / share.replicas if self.axis.size > 1 else 1.0
-        self.heads = (share.count, width) if norm.over == "head" else None
+        self.norm, self.place = norm, placement(site, norm.over)
+        self.units, self.width = units, width
+        self.held = Share(0, units, 1) if site in STREAM_SITES else Share.of(units, env.mesh)
+        self.axis = env.mesh.tp if self.place.statistics == "tp" else Axis("none")
+        self.share = 1.0 / self.held.replicas if self.axis.size > 1 else 1.0
+        self.heads = (self.held.count, width) if norm.over == "head" else None
         self.n = width if norm.over == "head" else units * width
-        self.width = width
-        self._add_parameters(norm, site, units, share, place, env)
+        for name, form, value in parameters_of(norm):
+            setattr(self, name, parameter(*self._storage(form, value, env)))
         self.kernel = env.kernel("norm", kind=norm.kind, sharded=self.axis.size > 1)
 
-    def _add_parameters(self, norm: Norm, site: str, units: int, share: Share, place: Placement, env: Env) -> None:
-        init = float(norm.weight_init) - 1.0 if norm.gain == "one_plus" else float(norm.weight_init)  # type: ignore[arg-type]
-        vectors: dict[str, float] = {}
-        if norm.gain == "scalar":
-            self.weight = self._vector("weight", (1,), init, place, site, env)
-        elif norm.gain == "per_head":
-            held = Matrix(
+    def _storage(self, form: str, value: float, env: Env) -> tuple[Tensor, Layout]:
+        """A parameter's initial storage on this rank, and its layout. form: see ``parameters_of``."""
+        tp = env.mesh.tp
+        shape = {"vector": (self.n,), "scalar": (1,), "heads": (self.units, self.width)}[form]
+        if form == "heads" or (form == "vector" and self.place.weight == "split"):
+            per_unit = 1 if form == "heads" else self.width
+            tail = shape[1:]
+            matrix = Matrix(
                 "",
                 "norm",
-                (units, self.width),
-                (share.first, 0),
-                (share.count, self.width),
-                grad_sum="kv" if share.replicas > 1 else None,
-                owner=env.mesh.tp.rank % share.replicas == 0,
+                shape,
+                (self.held.first * per_unit, *(0 for _ in tail)),
+                (self.held.count * per_unit, *tail),
+                grad_sum="kv" if self.held.replicas > 1 else None,
+                owner=tp.rank % self.held.replicas == 0,
             )
-            self.weight = parameter(env.full(held.local, init), Layout((held,)))
-        elif norm.gain != "none":
-            vectors["weight"] = init
-        if norm.bias:
-            vectors["bias"] = 0.0
-        if norm.kind in ("dyt", "derf"):
-            self.alpha = self._vector("alpha", (1,), float(norm.alpha), place, site, env)  # type: ignore[arg-type]
-        if norm.kind == "derf":
-            self.shift = self._vector("shift", (1,), 0.0, place, site, env)
-        if norm.kind == "seednorm":
-            vectors |= {"alpha": float(norm.alpha), "beta": 0.0}  # type: ignore[arg-type]
-        for name, value in vectors.items():
-            if place.weight == "split":
-                local, first = share.count * self.width, share.first * self.width
-                held = Matrix(
-                    "",
-                    "norm",
-                    (self.n,),
-                    (first,),
-                    (local,),
-                    grad_sum="kv" if share.replicas > 1 else None,
-                    owner=env.mesh.tp.rank % share.replicas == 0,
-                )
-                setattr(self, name, parameter(env.full((local,), value), Layout((held,))))
-            else:
-                setattr(self, name, self._vector(name, (self.n,), value, place, site, env))
-
-    def _vector(
-        self, name: str, shape: tuple[int, ...], value: float, place: Placement, site: str, env: Env
-    ) -> nn.Parameter:
-        """A parameter that every rank holds whole; its gradient is partial where each rank sees part of what it scales."""
-        partial = site not in STREAM_SITES or env.mesh.sequence_parallel
-        layout = Layout.whole(shape, "norm", grad_sum="tp" if partial else None, owner=env.mesh.tp.rank == 0)
-        return parameter(env.full(shape, value), layout)
+            return env.full(matrix.local, value), Layout((matrix,))
+        # Whole on every rank, which sees part of what it scales; a scalar of a split norm likewise.
+        partial = self.place.grad_sum if self.place.weight == "whole" else "tp"
+        grad_sum = "tp" if partial == "tp" or (partial == "sp" and env.mesh.sequence_parallel) else None
+        return env.full(shape, value), Layout.whole(shape, "norm", grad_sum=grad_sum, owner=tp.rank == 0)
 
     def _reduce(self, x: Tensor) -> Tensor:
         if self.axis.size == 1:
@@ -122,9 +94,27 @@ class NormLayer(nn.Module):
         return y.view(shape) if self.heads is not None else y
 
 
+def parameters_of(norm: Norm) -> list[tuple[str, str, float]]:
+    """(name, form, initial value) of each parameter of a resolved Norm.
+
+    form: "vector" over the normalized features, "scalar" [1], or "heads" [heads, hd].
+    """
+    gain, alpha = float(norm.weight_init), float(norm.alpha or 0.0)  # type: ignore[arg-type]
+    found = []
+    if norm.gain != "none":
+        form = {"scalar": "scalar", "per_head": "heads"}.get(norm.gain or "", "vector")
+        found.append(("weight", form, gain - 1.0 if norm.gain == "one_plus" else gain))
+    if norm.bias:
+        found.append(("bias", "vector", 0.0))
+    if norm.kind in ("dyt", "derf"):
+        found.append(("alpha", "scalar", alpha))
+    if norm.kind == "derf":
+        found.append(("shift", "scalar", 0.0))
+    if norm.kind == "seednorm":
+        found += [("alpha", "vector", alpha), ("beta", "vector", 0.0)]
+    return found
+
+
 def norm_or_identity(norm: Norm | None, site: str, units: int, width: int, env: Env) -> nn.Module:
     """The norm layer of a slot, or the identity where the scheme leaves it empty."""
     return nn.Identity() if norm is None else NormLayer(norm, site, units, width, env)
-
-
-__all__ = ["KV_SITES", "NormLayer", "norm_or_identity"]

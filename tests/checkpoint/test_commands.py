@@ -13,8 +13,8 @@ from tests.checkpoint.helpers import save_ranks, state, whole
 
 def run(*words: object) -> int:
     parser = argparse.ArgumentParser()
-    commands.add_arguments(parser)
-    return commands.main(parser.parse_args([str(word) for word in words]))
+    commands.add_checkpoint_arguments(parser)
+    return commands.run_checkpoint(parser.parse_args([str(word) for word in words]))
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,9 @@ def model_of(c: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[ModelConfig
         head_bias="weight/lm_head.bias" in tensors,
     )
     final = norm(c) if sizes["final_norm"] else None
-    resolved = Resolved("golden", tuple(one for one, _ in made), norm(c) if c["embedding_norm"] else None, final, None, ())
+    resolved = Resolved(
+        "golden", tuple(one for one, _ in made), norm(c) if c["embedding_norm"] else None, final, None, ()
+    )
     return model, resolved, [sites for _, sites in made]
 
 

@@ -1,4 +1,8 @@
-"""A family: a norm pattern and a name table that turn a megnorm model into a class of transformers, and back."""
+"""A family: a norm pattern and a name table that turn a megnorm model into a class of transformers, and back.
+
+A class is accepted when it computes the same in exact arithmetic. Where an RMSNorm rounds, before or after its gain,
+differs between classes and matters in low precision only; it is not compared.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -96,9 +96,7 @@ class Llama(Family):
 
 class Qwen3(Llama):
     architecture = "Qwen3ForCausalLM"
-    pattern = Pattern(
-        "rmsnorm", frozenset({"input", "q", "k"}), frozenset({"input"}), over={"q": "head", "k": "head"}
-    )
+    pattern = Pattern("rmsnorm", frozenset({"input", "q", "k"}), frozenset({"input"}), over={"q": "head", "k": "head"})
     names = PROJECTIONS | PRE | QK
     biases = False
     patch: Mapping[str, Any] = {"layer": {"attention": {"q": {"over": "head"}, "k": {"over": "head"}}}}
