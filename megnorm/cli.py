@@ -19,7 +19,7 @@ VERBS = {
     "generate": ("continue a text", "megnorm.infer.commands"),
     "plot": ("draw a run's figures", "megnorm.metrics.commands"),
     "compare": ("several runs as a table and a figure", "megnorm.metrics.commands"),
-    "norms": ("the normalization schemes: table, numbers, drawings", "megnorm.norms.commands"),
+    "norms": ("the normalization schemes: table, numbers, drawings", "megnorm.hf.schemes"),
     "doctor": ("what is installed and which kernel serves what", "megnorm.train.commands"),
 }
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from megnorm.config import RunConfig
 from megnorm.models.config import ModelConfig
-from megnorm.norms.resolve import Resolved, resolve
-from megnorm.norms.scheme import Norm
+from megnorm.norms.resolve import Resolved, resolve, scheme_of
+from megnorm.norms.scheme import Norm, warnings_for
 from megnorm.optim import schedule
 
 
@@ -27,6 +27,7 @@ class Plan:
     micro_batches: int
     parameters: int
     parameters_by_role: dict[str, int]
+    warnings: tuple[str, ...]
 
     @property
     def tokens_per_step(self) -> int:
@@ -57,6 +58,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         config.train.global_batch // (dp * config.train.micro_batch),
         sum(by_role.values()),
         by_role,
+        tuple(warnings_for(scheme_of(config.model.norm), depth_scaled=config.model.init.depth_scaled)),
     )
 
 

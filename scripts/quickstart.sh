@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From raw text to a Hugging Face model in transformers: the whole way, on two CPU cores, in minutes.
 # Every stage says what it does and where its output lies. Stops with an error at the first stage that fails.
-# examples/first_run/README.md tells more about each. Runs again from the start: an earlier runs/first_run is removed.
+# examples/first_run/README.md tells more about each. Starts from nothing each time: an earlier runs/first_run is removed.
+# Arguments are overrides for the run:  bash scripts/quickstart.sh model.norm.scheme=deepnorm
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/env.sh
@@ -13,8 +14,8 @@ began=$SECONDS
 stage() { printf '\n== %s\n' "$1"; }
 rm -rf "$out"
 
-stage "tokenizer: byte-level BPE of 4096 tokens from $text/train.jsonl.gz -> $out/tokenizer/"
-megnorm tokenizer train --input "$text/train.jsonl.gz" --vocab-size 4096 --output "$out/tokenizer"
+stage "tokenizer: byte-level BPE of 2048 tokens from $text/train.jsonl.gz -> $out/tokenizer/"
+megnorm tokenizer train --input "$text/train.jsonl.gz" --vocab-size 2048 --output "$out/tokenizer"
 
 stage "preprocess: text to token files -> $out/data/{train,valid}.{bin,idx}"
 for split in train valid; do
@@ -24,10 +25,10 @@ done
 entropy=$(python "$text/check.py" entropy "$out/data/valid")
 
 stage "plan: what $text/run.yaml asks for (starts nothing)"
-megnorm plan --config "$text/run.yaml"
+megnorm plan --config "$text/run.yaml" "$@"
 
 stage "train: HybridNorm, some minutes -> $out/metrics.jsonl, tensorboard/, checkpoints/"
-megnorm train --config "$text/run.yaml"
+megnorm train --config "$text/run.yaml" "$@"
 
 stage "plot: loss, gradient norms by layer -> $out/plots/"
 megnorm plot "$out" --unigram-entropy "$entropy"

@@ -37,3 +37,28 @@ class Batch:
             move(self.cu_seqlens),
             self.max_seqlen,
         )
+
+
+@dataclass
+class PairBatch:
+    """Source and target sequences of an encoder-decoder; s: source, t: target length, b: rows.
+
+    source: [s, b] int64; source_mask: [s, b] float32, 1 where there is a token. tokens, labels: [t, b] int64, the
+    decoder's input (start token first) and what it is to say; loss_mask: [t, b] float32.
+    """
+
+    source: Tensor
+    source_mask: Tensor
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+
+
+@dataclass
+class ClassBatch:
+    """Sequences with a class each. tokens: [s, b] int64; mask: [s, b] float32; segments: [s, b] int64; classes: [b]."""
+
+    tokens: Tensor
+    mask: Tensor
+    segments: Tensor
+    classes: Tensor

@@ -28,7 +28,10 @@ def add_preprocess_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", required=True, help='tokenizer.json, its folder, a .model file, "tiktoken:NAME" or "bytes"'
     )
     parser.add_argument(
-        "--keys", nargs="+", default=["text"], help="JSON keys; with several, PREFIX_KEY.bin and .idx each"
+        "--keys",
+        nargs="+",
+        default=["text"],
+        help="JSON keys, or column numbers of .tsv; with several, PREFIX_KEY.bin and .idx each",
     )
     parser.add_argument("--eod-token", help="name of the end-of-document token (default: the tokenizer's own)")
     parser.add_argument("--no-append-eod", action="store_true", help="do not end documents with that token")

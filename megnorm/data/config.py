@@ -17,6 +17,8 @@ class DataConfig:
     order: "default" needs no index and reads each sample in one piece; "megatron" repeats Megatron's GPT order.
     separate_documents: rows are packed documents that do not attend to each other (``Batch.cu_seqlens``).
     reset_positions: positions start again at every document; always so with separate_documents.
+    fim_rate: share of document pieces rearranged for fill-in-the-middle; fim_tokens: ids of the marks before prefix,
+    middle and suffix; fim_spm: share of them in the order suffix, prefix, middle.
     mask_end: no loss for what follows an end-of-document token; eod: its id, None: as recorded by ``preprocess``.
     cache: folder on a local disk for the index of order "megatron", built once per node; None: each rank builds it.
     verify: compare every file with its recorded checksums before the first batch.
@@ -34,6 +36,9 @@ class DataConfig:
     reset_positions: bool = False
     mask_end: bool = False
     eod: int | None = None
+    fim_rate: float = 0.0
+    fim_tokens: tuple[int, ...] = ()
+    fim_spm: float = 0.5
     cache: str | None = None
     verify: bool = False
 

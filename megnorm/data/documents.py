@@ -187,8 +187,8 @@ def lines_before(unit: Unit) -> int:
     return count + (last != b"\n")
 
 
-def parse(line: bytes | None, keys: Sequence[str]) -> list[str]:
-    """The texts of a line's keys, or BadLine with the reason."""
+def parse(line: bytes | None, keys: Sequence[str], table: bool = False) -> list[str]:
+    """The texts of a line's keys, or BadLine with the reason. table: a line of TSV, the keys are column numbers from 0."""
     if line is None:
         raise BadLine("the line is longer than --max-line-bytes")
     if not line.strip():
@@ -198,9 +198,14 @@ def parse(line: bytes | None, keys: Sequence[str]) -> list[str]:
     if b"\x00" in line:
         raise BadLine("holds NUL bytes")
     try:
-        record = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadLine(f"not UTF-8 at byte {error.start + 1}") from None
+    if table:
+        columns = dict(enumerate(text.rstrip("\r\n").split("\t")))
+        return [_text({key: columns[int(key)]} if int(key) in columns else {}, key, False) for key in keys]
+    try:
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadLine(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -240,9 +245,12 @@ def _kind(value: object) -> str:
 def documents(lines: Lines, keys: Sequence[str], tally: Tally) -> Iterator[tuple[int, list[str]]]:
     """(bytes of the line, texts of the keys) of every good line; the bad ones go to the tally."""
     before: int | None = None
+    table = ".tsv" in Path(lines.unit.path).suffixes
+    if table and not all(key.isdecimal() for key in keys):
+        raise DataError(f"{lines.unit.path}: the keys of TSV files are column numbers, as in --keys 0 1.")
     for number, line in lines:
         try:
-            texts = parse(line, keys)
+            texts = parse(line, keys, table)
         except BadLine as reason:
             if before is None:
                 before = lines_before(lines.unit)

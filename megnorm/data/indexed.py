@@ -162,7 +162,8 @@ class IndexedDataset:
     def tokens(self) -> NDArray[Any]:
         """All elements of .bin, [total], mapped."""
         if self._tokens is None:
-            self._tokens = np.memmap(self.bin, dtype=self.dtype, mode="r") if self.total else np.zeros(0, self.dtype)
+            mapped = np.memmap(self.bin, dtype=self.dtype, mode="r") if self.total else np.zeros(0, self.dtype)
+            self._tokens = mapped.view(np.ndarray)  # a slice of a memmap costs ten times that of a plain array
         return self._tokens
 
     def read(self, start: int, count: int) -> NDArray[Any]:

@@ -14,8 +14,9 @@ from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset
 from megnorm.data.megatron_order import MegatronOrder
-from megnorm.data.samples import DefaultOrder, Source, resume_mixture, shares, split_tokens
+from megnorm.data.samples import DefaultOrder, Source, key, resume_mixture, shares, split_tokens
 from megnorm.data.sidecar import read_sidecar, verify
+from megnorm.data.tasks import fill_in_the_middle
 from megnorm.data.tokenizer import fingerprint
 
 SCAN = 1 << 24  # elements of a file without a sidecar that are looked at before the first batch
@@ -67,7 +68,9 @@ class Loader:
         self.data = [IndexedDataset(path) for path in paths]
         for data in self.data:
             self._check_ids(data)
-        self.eod = self._find_eod() if config.mask_end else None
+        self.eod, self.seed = self._find_eod() if config.mask_end else None, seed
+        if config.fim_rate and len(config.fim_tokens) != 3:
+            raise DataError("data.fim_tokens: give three ids, of the marks before prefix, middle and suffix.")
         if state is not None:
             self._check_state(state)
         self.order: Order = (
@@ -167,6 +170,8 @@ class Loader:
         rows = count // dp_size
         ids = first_sample + dp_rank * rows + np.arange(rows, dtype=np.int64)
         tokens = self.order.rows(ids)
+        if self.config.fim_rate:
+            self._fill_in_the_middle(tokens, ids)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             self._require(high, f"{self.split} samples {ids[0]} to {ids[-1]}")
@@ -184,6 +189,14 @@ class Loader:
             positions = torch.from_numpy(places).t()
         whole = torch.from_numpy(tokens).t()
         return Batch(whole[:-1], whole[1:], torch.from_numpy(mask).t(), positions)
+
+    def _fill_in_the_middle(self, tokens: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
+        """Rearrange pieces of documents, each row by the seed and its id."""
+        for row, number, inside in zip(tokens, ids.tolist(), self.order.borders(ids), strict=True):
+            random = np.random.RandomState(key(self.seed, "fim", number) % 2**32)
+            for piece in np.split(row, inside):
+                if random.random_sample() < self.config.fim_rate:
+                    piece[:] = fill_in_the_middle(piece, random, self.config.fim_tokens, self.config.fim_spm)
 
     def _packed(self, tokens: NDArray[np.int64], mask: NDArray[np.float32], borders: list[NDArray[np.int64]]) -> Batch:
         """All rows in one: documents never predict, nor see, the next one."""

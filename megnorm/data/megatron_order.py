@@ -78,15 +78,19 @@ def gpt_indices(
 
 
 def _cut(sizes: NDArray[np.int64], total: int, length: int, extra: int) -> NDArray[Any]:
-    """Where samples begin and end, by search in the cumulative lengths."""
+    """Where samples begin and end, from the cumulative lengths."""
     ends = np.cumsum(sizes)
     cuts = np.arange(total + 1, dtype=np.int64) * length
     cuts[-1] = min(int(cuts[-1]), int(ends[-1]) - extra)
-    place = np.searchsorted(ends, cuts, side="right" if extra else "left")
+    before = -(-ends // length) if extra else ends // length + 1  # cuts at or before the end of each document
+    place = np.repeat(np.arange(len(ends)), np.diff(np.minimum(before, total), prepend=0))
+    place = np.append(place, np.searchsorted(ends, cuts[-1], side="right" if extra else "left"))
     place[0] = 0
-    offset = cuts - (ends[place] - sizes[place])
     small = max(len(sizes), int(sizes.max())) <= np.iinfo(np.int32).max
-    return np.stack([place, offset], axis=1).astype(np.int32 if small else np.int64)
+    out = np.empty((total + 1, 2), np.int32 if small else np.int64)
+    out[:, 0] = place
+    out[:, 1] = cuts - (ends - sizes)[place]
+    return out
 
 
 def blend_sizes(weights: Sequence[float], samples: int) -> list[int]:
@@ -142,22 +146,25 @@ class GPTSamples:
     def __len__(self) -> int:
         return len(self.shuffle)
 
-    def pieces(self, index: int) -> list[tuple[int, int, int]]:
-        """(sequence, offset, count) of every piece of sample ``index`` in shuffled order."""
+    def pieces(self, index: int) -> list[tuple[int, int]]:
+        """(first element in .bin, count) of every piece of sample ``index`` in shuffled order."""
         sample = int(self.shuffle[index])
         (first, begin), (last, end) = self.cuts[sample].tolist(), self.cuts[sample + 1].tolist()
+        sequences = self.documents[first : last + 1]
+        starts = (self.data.pointers[sequences] // self.data.dtype.itemsize).tolist()
         if first == last:
-            return [(int(self.documents[first]), begin, end - begin + self.extra)]
-        sequences = self.documents[first : last + 1].tolist()
-        head = (sequences[0], begin, int(self.data.lengths[sequences[0]]) - begin)
-        middle = [(s, 0, int(self.data.lengths[s])) for s in sequences[1:-1]]
-        return [head, *middle, (sequences[-1], 0, end + self.extra)]
+            return [(starts[0] + begin, end - begin + self.extra)]
+        counts = self.data.lengths[sequences].tolist()
+        counts[-1] = end + self.extra
+        counts[0] -= begin
+        starts[0] += begin
+        return list(zip(starts, counts, strict=True))
 
     def fill(self, index: int, out: NDArray[Any]) -> None:
         """Write the tokens of a sample, padded to L + extra, into out."""
         place = 0
-        for sequence, offset, count in self.pieces(index):
-            out[place : place + count] = self.data.get(sequence, offset, count)
+        for start, count in self.pieces(index):
+            out[place : place + count] = self.data.read(start, count)
             place += count
         out[place:] = self.pad
 
@@ -238,7 +245,7 @@ class MegatronOrder:
         found = []
         for sample in ids.tolist():
             part, index = self._find(sample)
-            counts = [count for _, _, count in part.pieces(index)]
+            counts = [count for _, count in part.pieces(index)]
             found.append(np.unique(np.cumsum(counts[:-1], dtype=np.int64)))
         return found
 

@@ -169,14 +169,14 @@ class DefaultOrder:
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [len(ids), L + 1]."""
         out = np.empty((len(ids), self.length + 1), np.int64)
-        for row, (source, start) in enumerate(zip(*self._places(ids), strict=True)):
+        for row, (source, start) in enumerate(zip(*self.places(ids), strict=True)):
             out[row] = self.sources[source].data.read(int(start), self.length + 1)
         return out
 
     def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each row, the positions 1 .. L at which a new document begins."""
         found = []
-        for source, start in zip(*self._places(ids), strict=True):
+        for source, start in zip(*self.places(ids), strict=True):
             if source not in self._documents:
                 self._documents[source] = np.unique(self.sources[source].data.document_starts())
             starts = self._documents[source]
@@ -184,7 +184,8 @@ class DefaultOrder:
             found.append(starts[low:high] - start)
         return found
 
-    def _places(self, ids: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    def places(self, ids: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Source and first token of each id."""
         source, draw = self.mixture.locate(ids)
         start = np.empty(len(ids), np.int64)
         for number in np.unique(source):

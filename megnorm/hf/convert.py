@@ -152,6 +152,8 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
+        for path in folder.iterdir():
+            path.chmod(0o644)
         if out.exists():
             old = folder.with_suffix(".old")
             os.replace(out, old)

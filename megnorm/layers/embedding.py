@@ -1,6 +1,5 @@
 """Token and position embedding, and the output head, over a vocabulary split across tp ranks."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,7 +9,14 @@ from megnorm.layers.rope import sinusoid_table
 from megnorm.layers.sublayer import Dropout
 from megnorm.models.config import ModelConfig
 from megnorm.norms.scheme import Norm
-from megnorm.parallel.collectives import copy_to, gather_sequence, scatter_sequence, slice_sequence, sum_from
+from megnorm.parallel.collectives import (
+    all_gather,
+    copy_to,
+    gather_sequence,
+    scatter_sequence,
+    slice_sequence,
+    sum_from,
+)
 from megnorm.parallel.layout import Layout, Matrix, parameter
 from megnorm.parallel.mesh import Axis
 
@@ -31,17 +37,20 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.mesh = env.mesh
         matrix, rows = vocabulary_matrix("embed", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
-        self.first, self.rows, self.padding_id = env.mesh.tp.rank * rows, rows, cfg.padding_id
+        self.first, self.rows = env.mesh.tp.rank * rows, rows
+        # The lookup of padding sends no gradient to its row (fairseq); the row lies on one rank.
+        padding = -1 if cfg.padding_id is None else cfg.padding_id - self.first
+        self.padding = padding if 0 <= padding < rows else None
         self.weight = parameter(env.full((rows, cfg.width), 0.0), Layout((matrix,)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.tp.size == 1:
-            return F.embedding(tokens, self.weight, padding_idx=self.padding_id)
+            return F.embedding(tokens, self.weight, padding_idx=self.padding)
         local = tokens - self.first
         mine = (local >= 0) & (local < self.rows)
-        if self.padding_id is not None:
-            mine = mine & (tokens != self.padding_id)
-        x = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine[..., None].to(self.weight.dtype)
+        x = F.embedding(local.clamp(0, self.rows - 1), self.weight, padding_idx=self.padding) * mine[..., None].to(
+            self.weight.dtype
+        )
         return scatter_sequence(x, self.mesh.tp) if self.mesh.sequence_parallel else sum_from(x, self.mesh.tp)
 
 
@@ -112,11 +121,6 @@ class Head(nn.Module):
 
 def full_logits(local: Tensor, head: Head, vocab_size: int) -> Tensor:
     """Local logits of every rank -> [s, b, v] without padding, on every rank; no gradient. For evaluation and tests."""
-    from megnorm.parallel.collectives import all_gather
-
     tp = head.mesh.tp
     gathered = all_gather(local.movedim(-1, 0).contiguous(), tp).movedim(0, -1)
     return gathered[..., :vocab_size]
-
-
-__all__ = ["Embedding", "Head", "full_logits", "torch"]

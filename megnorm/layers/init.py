@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megnorm.models.config import InitConfig, ModelConfig
+from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
 from megnorm.parallel.layout import Matrix, named_matrices
 from megnorm.parallel.rng import derive
@@ -79,6 +79,3 @@ def _draw(shape: tuple[int, int], distribution: str, std: float, seed: int) -> T
     if distribution == "truncated_normal":
         return nn.init.trunc_normal_(x, 0.0, std, -3.0 * std, 3.0 * std, generator=generator)
     return x.normal_(0.0, std, generator=generator)
-
-
-__all__ = ["InitConfig", "initialize", "law_of"]

@@ -19,13 +19,13 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
 
 
 def sinusoid_table(rows: int, width: int, first: int = 2) -> Tensor:
-    """[rows, width] in fp64: row p is [sin(q w), cos(q w)] with q = p + first, w_i = 10000^(-i / (width/2 - 1)).
+    """[rows, width] in fp32: row p is [sin(q w), cos(q w)] with q = p + first, w_i = 10000^(-i / (width/2 - 1)).
 
-    fairseq's table, whose first token stands at padding_id + 1 = 2; an odd width ends with a zero column.
+    fairseq's table, to the bit, whose first token stands at padding_id + 1 = 2; an odd width ends with a zero column.
     """
     half = width // 2
-    w = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10000.0) / max(half - 1, 1)))
-    angles = (torch.arange(rows, dtype=torch.float64) + first)[:, None] * w
+    w = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / max(half - 1, 1)))
+    angles = (torch.arange(rows, dtype=torch.float32) + first)[:, None] * w
     return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(rows, width % 2)], dim=1)
 
 

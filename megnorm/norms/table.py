@@ -65,7 +65,7 @@ def rows(
     the Hugging Face class of a config.
     """
     base = norm or NormConfig()
-    plain = _resolve("preln", base, layers)
+    plain = _resolve(NormConfig().scheme, base, layers)
     made = []
     for name in registry.names():
         scheme, resolved = registry.get(name), _resolve(name, base, layers)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from megnorm.checkpoint.saver import own_barrier
+from megnorm.data.batch import Batch
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
 from megnorm.metrics.observe import Observer
@@ -23,6 +24,13 @@ from megnorm.plan import Plan
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
+class Samples(Protocol):
+    """What a step needs of a loader."""
+
+    def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> Batch: ...
+    def state(self, consumed_samples: int) -> dict[str, Any]: ...
+
+
 @dataclass
 class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks."""
@@ -36,19 +44,24 @@ class Run:
     optimizer: Optimizer
     scale: LossScale
     observer: Observer
-    train_data: Loader
-    valid_data: Loader | None
+    train_data: Samples
+    valid_data: Samples | None
     step: int = 0
     consumed: int = 0
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
 
 
-def build(plan: Plan, device: torch.device) -> Run:
-    """Build what ``plan`` says on this rank; data first, since bad input is found there."""
+def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:
+    """Build what ``plan`` says on this rank; data first, since bad input is found there.
+
+    train_data: instead of what the config names, without a validation split (for benchmarks).
+    """
     config = plan.config
-    train_data = open_data(plan, "train")
-    valid_data = open_data(plan, "valid") if config.train.eval_batches else None
+    valid_data = None
+    if train_data is None:
+        train_data = open_data(plan, "train")
+        valid_data = open_data(plan, "valid") if config.train.eval_batches else None
     mesh = mesh_of(plan, device)
     model, rng = build_trained_model(plan, mesh)
     named = list(named_matrices(model))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megnorm import config as configs
+from megnorm.hf.families.registry import choose
 from megnorm.kernels import backends, registry
 from megnorm.plan import Plan, make_plan
 
@@ -49,8 +50,15 @@ def describe(plan: Plan) -> str:
         f"tokens in {plan.micro_batches} micro-batches a rank, {config.train.precision}",
         f"run             {config.train.steps} steps, {plan.tokens_per_step * config.train.steps:,} tokens",
         f"folder          {config.train.out}",
+        f"Hugging Face    {native_target(plan)}",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning         {warning}" for warning in plan.warnings)])
+
+
+def native_target(plan: Plan) -> str:
+    """The class that ``megnorm convert --to hf`` would choose."""
+    family, _ = choose(plan.config.model, plan.resolved)
+    return family.architecture if family else "MegnormForCausalLM (code travels with the model)"
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,13 @@
 """Steps, evaluation, checkpoints, metrics, and when to stop."""
 
 import time
-from pathlib import Path
 
 from megnorm.checkpoint.saver import Saver
 from megnorm.metrics.sinks import Sinks
 from megnorm.metrics.throughput import flops_per_token, mfu, peak_flops
 from megnorm.train import state
 from megnorm.train.build import DTYPES, Run
-from megnorm.train.signals import EXIT_STOPPED, StopRequest
+from megnorm.train.signals import EXIT_STOPPED, StopRequest, agreed
 from megnorm.train.step import StepResult, evaluate, train_step
 
 
@@ -20,7 +19,9 @@ def fit(run: Run, saver: Saver, sinks: Sinks) -> int:
     stopped = False
     while run.step < last and not stopped:
         result = train_step(run)
-        saver.check()
+        if agreed(saver.failed, run.mesh):
+            saver.wait()  # raises the reason where the background save failed
+            raise ValueError("the background save failed on another rank; see its message")
         pace.add(result)
         stopped = stop.agreed()
         ended = run.step == last or stopped
@@ -78,7 +79,3 @@ class Pace:
             ),
             **result.probes,
         }
-
-
-def run_folder(run: Run) -> Path:
-    return Path(run.plan.config.train.out)

@@ -134,6 +134,8 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
     )
     served = sorted({f"{choice.need.op}: {choice.backend}" for choice in registry.report()})
     log.info("kernels: %s", ", ".join(served))
+    for warning in plan.warnings:
+        log.warning("warning: %s", warning)
     if found is not None:
         log.info("continuing from %s: step %d, %d samples consumed", found, run.step, run.consumed)
 

@@ -24,8 +24,13 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """The same answer on every rank."""
-        if self.mesh.size == 1:
-            return self.asked
-        flag = torch.tensor(int(self.asked), device=self.mesh.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return agreed(self.asked, self.mesh)
+
+
+def agreed(mine: bool, mesh: Mesh) -> bool:
+    """Whether ``mine`` is true on any rank."""
+    if mesh.size == 1:
+        return mine
+    flag = torch.tensor(int(mine), device=mesh.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)

@@ -60,6 +60,7 @@ def test_a_whole_folder(tmp_path: Path, tokenizer: Path) -> None:
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o644}
 
 
 def test_the_tokenizer_loads_and_means_the_same(run: Path, tmp_path: Path, tokenizer: Path) -> None:

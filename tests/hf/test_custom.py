@@ -15,7 +15,7 @@ from megnorm.norms.resolve import Resolved, resolve
 from tests.hf.tiny import made, reload, tiny, tokens
 
 SCHEMES = registry.names()
-KINDS = ("rmsnorm", "layernorm")
+KINDS = ("rmsnorm", pytest.param("layernorm", marks=pytest.mark.full))
 
 
 def disagreement(state: dict[str, Tensor], model: ModelConfig, resolved: Resolved, ids: Tensor) -> float:
@@ -93,6 +93,13 @@ def test_generation_with_a_cache_is_generation_without(positions: str, padding_i
     assert torch.equal(cached, plain)
     assert torch.equal(cached[:1, 4:], alone)
     assert torch.equal(cached, static)
+
+
+def test_beams_run_with_the_cache() -> None:
+    model, resolved, state = made("hybridnorm")
+    decoder, ids = custom.build(state, model, resolved), tokens(model)
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(decoder.generate(ids, **options), decoder.generate(ids, use_cache=False, **options))
 
 
 @pytest.mark.parametrize("scheme", ["hybridnorm", "normformer", "b2t", "rezero"])

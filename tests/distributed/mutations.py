@@ -1,0 +1,224 @@
+"""Deliberately broken builds for test_mutations.py: each takes away or adds one thing that exactness needs.
+
+A mutation is a context manager that patches the code inside a rank and puts it back. Only the parallel run is patched, so
+what a mutation breaks is compared with an unbroken serial run.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megnorm.config import RunConfig
+from megnorm.layers import embedding, linear, loss, norm
+from megnorm.norms.sites import STREAM_SITES, Placement, placement
+from megnorm.optim import clip
+from megnorm.parallel import collectives
+from megnorm.parallel.layout import Layout, layout_of, named_matrices
+from megnorm.parallel.mesh import Axis, Mesh
+from megnorm.plan import make_plan
+from megnorm.train.build import mesh_of
+from tools import parity
+
+Mutation = Callable[[], AbstractContextManager[Any]]
+
+
+def compare_broken(rank: int, world: int, config: RunConfig, name: str | None, steps: int) -> parity.Difference | None:
+    """The body of a rank: a parallel run under a mutation (None: unbroken) against an unbroken serial one."""
+    plan = make_plan(config, world)
+    mesh = mesh_of(plan, torch.device("cpu"))
+    if name is None:
+        parallel = parity.trace(plan, mesh, steps)
+    else:
+        with MUTATIONS[name]():
+            parallel = parity.trace(plan, mesh, steps)
+    if rank != 0:
+        return None
+    return parity.compare(parity.trace(make_plan(parity.serial_of(config), 1), Mesh(), steps), parallel)
+
+
+def gradient_sum(pattern: str, axis: str | None) -> Mutation:
+    """Gradients of the logical tensors that match are summed over ``axis`` (None: over none), whatever is right."""
+
+    @contextmanager
+    def mutation() -> Iterator[None]:
+        build, hits = parity.build_trained_model, []
+
+        def broken(*args: Any) -> Any:
+            model, rng = build(*args)
+            chosen = {id(n.matrix) for n in named_matrices(model) if re.fullmatch(pattern, n.name)}
+            for param in model.parameters():
+                held = layout_of(param).matrices
+                hits.extend(m for m in held if id(m) in chosen and m.grad_sum != axis)
+                param.megnorm_layout = Layout(  # type: ignore[attr-defined]
+                    tuple(replace(m, grad_sum=axis) if id(m) in chosen else m for m in held)
+                )
+            return model, rng
+
+        with mock.patch.object(parity, "build_trained_model", broken):
+            yield
+        assert hits, f"nothing to break: no gradient matching {pattern} is summed otherwise than over {axis}"
+
+    return mutation
+
+
+def reduced_twice(pattern: str) -> Mutation:
+    """The gradient sum of the tensors that match runs a second time."""
+
+    @contextmanager
+    def mutation() -> Iterator[None]:
+        reduce, build, found = parity.reduce_replicated_grads, parity.build_trained_model, []
+
+        def broken_build(*args: Any) -> Any:
+            model, rng = build(*args)
+            found.extend(n for n in named_matrices(model) if re.fullmatch(pattern, n.name) and n.matrix.grad_sum)
+            return model, rng
+
+        def broken(params: Any, mesh: Mesh) -> None:
+            reduce(params, mesh)
+            for n in found:
+                collectives.all_reduce(n.view(n.param.main_grad), mesh.axis(n.matrix.grad_sum or ""))
+
+        with (
+            mock.patch.object(parity, "build_trained_model", broken_build),
+            mock.patch.object(parity, "reduce_replicated_grads", broken),
+        ):
+            yield
+        assert found, f"nothing to break: no gradient matching {pattern} is summed"
+
+    return mutation
+
+
+def table_row(over: str | None, *sites: str, **changed: Any) -> Mutation:
+    """The rows of the site table for norms over ``over`` (None: either) at ``sites`` are others."""
+
+    def broken(site: str, at: str) -> Placement:
+        right = placement(site, at)
+        return replace(right, **changed) if site in sites and over in (None, at) else right
+
+    return lambda: mock.patch.object(norm, "placement", broken)
+
+
+def local_statistics(site: str) -> Mutation:
+    """The norm at ``site`` normalizes what this rank holds: another function, which changes with the number of ranks."""
+
+    @contextmanager
+    def mutation() -> Iterator[None]:
+        init, hits = norm.NormLayer.__init__, []
+
+        def broken(self: Any, spec: Any, at: str, units: int, width: int, env: Any) -> None:
+            init(self, spec, at, units, width, env)
+            if at == site and self.axis.size > 1:
+                hits.append(at)
+                self.axis, self.share, self.n = Axis("none"), 1.0, self.held.count * width
+
+        with mock.patch.object(norm.NormLayer, "__init__", broken):
+            yield
+        assert hits, f"nothing to break: no norm at {site} has statistics over tp"
+
+    return mutation
+
+
+def _reduce_forward_only(self: Any, x: Tensor) -> Tensor:
+    backward = torch._C._current_graph_task_id() != -1
+    return x if self.axis.size == 1 or backward else norm._SumBoth.apply(x, self.axis)
+
+
+@contextmanager
+def _heads_counted_by_each_replica() -> Iterator[None]:
+    init = norm.NormLayer.__init__
+
+    def broken(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.share = 1.0
+
+    with mock.patch.object(norm.NormLayer, "__init__", broken):
+        yield
+
+
+def _bias_on_every_rank(self: linear.RowParallelLinear, x: Tensor) -> Tensor:
+    y = F.linear(x, self.weight, self.bias)
+    if self.mesh.sequence_parallel:
+        return linear.scatter_sequence(y, self.mesh.tp)
+    return linear.sum_from(y, self.mesh.tp)
+
+
+def _unmasked_padding(logits: Tensor, logical: int) -> Tensor:
+    return logits.to(loss.wide(logits), copy=True)
+
+
+def _first_labels_only(self: embedding.TokenEmbedding, tokens: Tensor) -> Tensor:
+    """Rows of other ranks are not zeroed: each rank adds its first or last row for them."""
+    x = F.embedding((tokens - self.first).clamp(0, self.rows - 1), self.weight)
+    return embedding.sum_from(x, self.mesh.tp)
+
+
+def _sliced_gradient(x: Tensor, axis: Axis) -> Tensor:
+    return collectives.gather_sequence(x, axis, partial=False)
+
+
+def _norm_of_all_holders(named: Any, mesh: Mesh) -> Tensor:
+    """The clip norm with every rank counting what it holds, owner or not."""
+    return clip.global_norm([replace(n, matrix=replace(n.matrix, owner=True)) for n in named], mesh)
+
+
+def _mean_of_means(plan: Any, mesh: Mesh, model: Any, buffer: Any, step: int) -> float:
+    """A step in which every micro-batch weighs the same, however many of its tokens have a loss."""
+    parts = [parity.random_batch(plan.config, step, i) for i in range(parity.PARTS)]
+    buffer.zero()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts[mesh.dp.rank :: mesh.dp.size]:
+        value = model(part) / part.loss_mask.sum() / parity.PARTS
+        value.backward()
+        total += value.detach()
+    if mesh.dp.size > 1:
+        dist.all_reduce(total, group=mesh.dp.group)
+    buffer.reduce(mesh)
+    parity.reduce_replicated_grads(buffer.params, mesh)
+    return float(total)
+
+
+def _patched(target: Any, name: str, value: Any) -> Mutation:
+    return lambda: mock.patch.object(target, name, value)
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "head gains of q not summed": gradient_sum(r".*\.q_norm\.weight", None),
+    "head gains of k not summed": gradient_sum(r".*\.k_norm\.weight", None),
+    "head gains of v not summed": gradient_sum(r".*\.v_norm\.weight", None),
+    "head gains of context not summed": gradient_sum(r".*\.context_norm\.weight", None),
+    "table: head norms like stream norms": table_row("head", "q", "k", "v", "context", grad_sum="sp"),
+    "table: stream norms never summed": table_row(None, *STREAM_SITES, grad_sum=None),
+    "local statistics of inner": local_statistics("inner"),
+    "local statistics of q": local_statistics("q"),
+    "local statistics of k": local_statistics("k"),
+    "local statistics of context": local_statistics("context"),
+    "statistics not summed in backward": _patched(norm.NormLayer, "_reduce", _reduce_forward_only),
+    "replicated kv heads counted by each rank": _heads_counted_by_each_replica,
+    "bias on every rank": _patched(linear.RowParallelLinear, "forward", _bias_on_every_rank),
+    "head scale summed twice": reduced_twice(r".*\.head_scale"),
+    "head scale not summed": gradient_sum(r".*\.head_scale", None),
+    "head scale summed once too often": gradient_sum(r".*\.head_scale", "tp"),
+    "kv weights not summed over replicas": gradient_sum(r".*\.attention\.[kv]\.weight", None),
+    "kv biases not summed over replicas": gradient_sum(r".*\.attention\.[kv]\.bias", None),
+    "kv gains not summed over replicas": gradient_sum(r".*\.k_norm\.(weight|bias)", None),
+    "stream gains not summed": gradient_sum(r".*\.(input|output|post)_norm\.(weight|bias)", None),
+    "final gain not summed": gradient_sum(r"final_norm\.(weight|bias)", None),
+    "embedding gain not summed": gradient_sum(r"embed\.norm\.(weight|bias)", None),
+    "stream gains summed without sequence parallelism": gradient_sum(r".*\.input_norm\.weight", "tp"),
+    "residual scales not summed": gradient_sum(r".*\.residual\.(skip|branch)", None),
+    "positions not summed": gradient_sum(r"embed\.position\.weight", None),
+    "row biases not summed": gradient_sum(r".*\.(o|down)\.bias", None),
+    "vocabulary padding in the loss": _patched(loss, "_masked", _unmasked_padding),
+    "rows of other ranks not zeroed": _patched(embedding.TokenEmbedding, "forward", _first_labels_only),
+    "head gradient sliced, not summed": _patched(embedding, "gather_sequence", _sliced_gradient),
+    "clip norm counts replicas": _patched(parity, "global_norm", _norm_of_all_holders),
+    "mean of micro-batch means": _patched(parity, "_forward_backward", _mean_of_means),
+}
