@@ -12,7 +12,7 @@ assert VERSION is not None
 HF = ["transformers>=5.0"]
 TENSORBOARD = ["tensorboard>=2.16"]
 ZSTD = ["zstandard>=0.22"]
-DATA = ["sentencepiece>=0.2", "tiktoken>=0.7"] + ZSTD  # tokenizers and compression met in the wild
+DATA = ["pyarrow>=15.0", "sentencepiece>=0.2", "tiktoken>=0.7"] + ZSTD  # files and tokenizers met in the wild
 MPI = ["mpi4py>=4.0"]  # brings no MPI of its own: the system's, or `pip install mpich`
 DEV = ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.0", "ruff>=0.8"]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,11 +59,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_dict(data: Mapping[str, Any], source: str) -> RunConfig:
     """Check and convert a nested mapping; ``source`` names it in messages."""
-    _check_keys(data, RunConfig, "", source)
+    data = _checked(data, RunConfig, "", source)
     try:
         return _adapter().validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # of a section's own check, which names the field
+            raise ConfigError(f"{source}: {first['ctx']['error']}") from None
         where = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
         given = first.get("input")
         raise ConfigError(f"{source}: {where}: {first['msg']}; it is {given!r}") from None
@@ -77,7 +80,29 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the effective config as YAML; ``load`` repeats the run."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and 1e-4 is a number (for YAML 1.1 it is a word)."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.composer.ComposerError(None, None, f"the key '{key}' stands twice", node.start_mark)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads back: a word that looks like 1e-4 in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 @functools.cache
@@ -93,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     if data is None:
@@ -105,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, override: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"'{override}': the value is broken YAML; quote it") from None
 
@@ -113,21 +138,33 @@ def _parse(text: str, override: str) -> Any:
 def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"'{override}': {parent} is a value, it has no keys below it")
     data[last] = value
 
 
-def _check_keys(data: Any, cls: type, path: str, source: str) -> None:
+def _checked(data: Any, cls: type, path: str, source: str) -> dict[str, Any]:
+    """``data`` without sections that are empty (null); its keys are known, and no true or false stands for a number."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{source}: {path.rstrip('.')}: expected keys below it, got {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints, found = typing.get_type_hints(cls), {}
     for key, value in data.items():
         if key not in hints:
             raise ConfigError(f"{source}: unknown key '{path}{key}'{_nearest(path, str(key))}")
-        if is_dataclass(hints[key]) and value is not None:
-            _check_keys(value, typing.cast(type, hints[key]), f"{path}{key}.", source)
+        hint = hints[key]
+        if is_dataclass(hint):
+            if value is not None:
+                found[key] = _checked(value, typing.cast(type, hint), f"{path}{key}.", source)
+            continue
+        if isinstance(value, bool) and hint is not bool and bool not in typing.get_args(hint):
+            raise ConfigError(
+                f"{source}: {path}{key}: {str(value).lower()} is no value for it; quote it if it is a word"
+            )
+        found[key] = value
+    return found
 
 
 def _nearest(path: str, key: str) -> str:

@@ -1,13 +1,31 @@
 """Look before launch: what a config means on a number of ranks, checked, without torch and without starting anything."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from megnorm.config import RunConfig
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, resolve, scheme_of
-from megnorm.norms.scheme import Norm, warnings_for
+from megnorm.norms.scheme import ROLES, Norm, SubLayer, warnings_for
 from megnorm.optim import schedule
+
+# The least value of a key by section; None (a default that is derived) passes.
+LEAST: dict[str, dict[str, int]] = {
+    "model": dict.fromkeys(
+        ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "max_positions"), 1
+    ),
+    "model.init": dict.fromkeys(("std", "embedding_std", "position_std", "head_std"), 0),
+    "model.norm": {"eps": 0},
+    "parallel": dict.fromkeys(("tp", "pp", "dp", "vocab_multiple"), 1),
+    "optim": dict.fromkeys(("lr", "min_lr", "warmup_start_lr", "eps", "weight_decay", "clip"), 0)
+    | dict.fromkeys(("loss_scale", "loss_scale_window"), 1),
+    "train": dict.fromkeys(
+        ("steps", "sequence_length", "global_batch", "micro_batch", "log_every", "threads", "stop_after"), 1
+    )
+    | dict.fromkeys(("eval_every", "eval_batches"), 0),
+}
+POSITIVE = ("model.rope_theta", "parallel.timeout", "optim.power")
 
 
 class PlanError(ValueError):
@@ -40,11 +58,19 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     Raises PlanError (or SchemeError) with one sentence; every rank comes to the same one.
     """
     check_model(config.model)
+    for section in ("parallel", "optim", "train"):
+        _check_ranges(config, section)
+    _check_optim(config)
     schedule.check(config.optim, config.train.steps)
+    if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
+        raise PlanError(
+            "model.padding_id counts positions of real tokens itself and cannot be joined with data.separate_documents or "
+            "data.reset_positions, which count them by document; set model.padding_id=null for packed data"
+        )
     dp = _check_layout(config, world)
     parallel = config.parallel
-    sequence_parallel = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
-    _check_batch(config, dp, sequence_parallel and parallel.tp > 1)
+    sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
+    _check_batch(config, dp, sequence_parallel)
     resolved = resolved or resolve(config.model.norm, config.model.layers)
     check_scheme(config.model, resolved)
     by_role = count_parameters(config.model, resolved)
@@ -70,9 +96,7 @@ def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
 
 def check_model(m: ModelConfig) -> None:
     """Sizes that contradict each other."""
-    for name in ("layers", "width", "heads", "ffn", "vocab_size", "max_positions"):
-        if getattr(m, name) < 1:
-            raise PlanError(f"model.{name} is {getattr(m, name)}; it must be at least 1")
+    _check_ranges(RunConfig(model=m), "model")
     if m.head_dim is None and m.width % m.heads:
         raise PlanError(
             f"model.heads={m.heads} does not divide model.width={m.width}; set model.head_dim or use {_near(m.width, m.heads)}"
@@ -98,13 +122,58 @@ def check_scheme(m: ModelConfig, resolved: Resolved) -> None:
                 f"head_scale=post_projection cuts the width in heads, but model.heads*head_dim={m.heads * m.hd} is not "
                 f"model.width={m.width}; use pre_projection"
             )
-        if m.parallel_block and any(
-            part.post is not None or part.residual.source != "stream" for part in (layer.attention, layer.ffn)
-        ):
+        if m.parallel_block and not (_runs_beside(layer.attention) and _runs_beside(layer.ffn)):
             raise PlanError(
-                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm or adds to a normalized "
-                "input, which has no meaning for branches that run side by side; use a pre-norm scheme"
+                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm, scales the skip, or adds "
+                "to something else than the stream, which has no meaning for branches that run side by side; use a "
+                "pre-norm scheme"
             )
+
+
+def _runs_beside(part: SubLayer) -> bool:
+    """Whether a sub-layer only adds to the stream, as x + A(..) + F(..) needs."""
+    residual = part.residual
+    plain = residual.skip.learned is None and residual.skip.value == 1.0 and not residual.layer_input
+    return plain and part.post is None and residual.source == "stream"
+
+
+def _check_ranges(config: RunConfig, top: str) -> None:
+    """Numbers below what they can be, in a section and those below it. ``not >=`` refuses NaN too."""
+    for section, keys in LEAST.items():
+        if section.split(".")[0] == top:
+            for key, least in keys.items():
+                value = _value(config, f"{section}.{key}")
+                if value is not None and not value >= least:
+                    raise PlanError(f"{section}.{key} is {value}; it must be at least {least}")
+    for path in POSITIVE:
+        value = _value(config, path)
+        if path.split(".")[0] == top and not value > 0:
+            raise PlanError(f"{path} is {value}; it must be above 0")
+
+
+def _value(config: RunConfig, path: str) -> Any:
+    found: Any = config
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _check_optim(config: RunConfig) -> None:
+    optim, t = config.optim, config.train
+    for beta in optim.betas:
+        if not 0.0 <= beta < 1.0:
+            raise PlanError(f"optim.betas: {beta} must be in [0, 1)")
+    roles = (*ROLES, "norm", "bias", "scale")
+    for name, factors in (("decay", optim.decay), ("rate", optim.rate)):
+        for role, factor in factors.items():
+            if role not in roles:
+                close = difflib.get_close_matches(role, roles, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"roles are {', '.join(roles)}"
+                raise PlanError(f"optim.{name}.{role}: no parameter has this role; {hint}")
+            if not factor >= 0.0:
+                raise PlanError(f"optim.{name}.{role} is {factor}; a factor is not negative")
+    if t.eval_every and not t.eval_batches:
+        raise PlanError("train.eval_every asks for evaluation, but train.eval_batches is 0; set one of them otherwise")
 
 
 def _check_layout(config: RunConfig, world: int) -> int:
@@ -133,24 +202,25 @@ def _check_layout(config: RunConfig, world: int) -> int:
 
 def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> None:
     t, m = config.train, config.model
-    for name in ("steps", "sequence_length", "global_batch", "micro_batch"):
-        if getattr(t, name) < 1:
-            raise PlanError(f"train.{name} is {getattr(t, name)}; it must be at least 1")
     if t.sequence_length > m.max_positions:
         raise PlanError(
             f"train.sequence_length={t.sequence_length} is longer than model.max_positions={m.max_positions}, the rows of "
             "the position table; shorten the one or enlarge the other"
         )
-    if sequence_parallel and t.sequence_length % config.parallel.tp:
+    tp = config.parallel.tp
+    if sequence_parallel and t.sequence_length % tp:
+        fitting = t.sequence_length // tp * tp or tp
         raise PlanError(
-            f"train.sequence_length={t.sequence_length} is not divisible by parallel.tp={config.parallel.tp}, which "
-            "sequence parallelism needs; set parallel.sequence_parallel=false or another length"
+            f"train.sequence_length={t.sequence_length} is not divisible by parallel.tp={tp}, which sequence parallelism "
+            f"needs; use {fitting}, or set parallel.sequence_parallel=false"
         )
     per_step = dp * t.micro_batch
     if t.global_batch % per_step:
+        totals = sorted({t.global_batch // per_step * per_step, -(-t.global_batch // per_step) * per_step} - {0})
+        smaller = "" if t.global_batch % dp else f", or a micro_batch of {_near(t.global_batch // dp, t.micro_batch)}"
         raise PlanError(
             f"train.global_batch={t.global_batch} is not a multiple of dp={dp} x train.micro_batch={t.micro_batch}; "
-            f"use {max(t.global_batch // per_step, 1) * per_step} or {-(-t.global_batch // per_step) * per_step}"
+            f"use {' or '.join(map(str, totals))}{smaller}"
         )
 
 

@@ -6,4 +6,5 @@ set -euo pipefail
 config=${1:?usage: scripts/mpirun.sh run.yaml [key=value ...]}
 shift
 read -r -a flags <<< "${MPIRUN_FLAGS:-}"
-exec mpirun -n "${NP:-2}" ${flags[@]+"${flags[@]}"} python -m megnorm.train --config "$config" "$@"
+# mpi4py as the runner: a rank that fails ends all; by itself MPI would let the others wait for it
+exec mpirun -n "${NP:-2}" ${flags[@]+"${flags[@]}"} python -m mpi4py -m megnorm.train --config "$config" "$@"

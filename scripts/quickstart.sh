@@ -25,10 +25,10 @@ done
 entropy=$(python "$text/check.py" entropy "$out/data/valid")
 
 stage "plan: what $text/run.yaml asks for (starts nothing)"
-megnorm plan --config "$text/run.yaml" "$@"
+megnorm plan --config "$text/run.yaml" --ranks 2 "$@"
 
-stage "train: HybridNorm, some minutes -> $out/metrics.jsonl, tensorboard/, checkpoints/"
-megnorm train --config "$text/run.yaml" "$@"
+stage "train: HybridNorm on two ranks (tensor parallel), some minutes -> $out/metrics.jsonl, tensorboard/, checkpoints/"
+GPUS_PER_NODE=2 bash scripts/local.sh "$text/run.yaml" "$@"
 
 stage "plot: loss, gradient norms by layer -> $out/plots/"
 megnorm plot "$out" --unigram-entropy "$entropy"

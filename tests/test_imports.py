@@ -44,8 +44,8 @@ REQUIRED = {"matplotlib", "numpy", "pydantic", "pydantic_core", "safetensors", "
 # imported inside functions, or inside a `try`, so that megnorm works without them
 OPTIONAL = {
     "apex", "flash_attn", "flash_attn_interface", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
-    "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch", "transformers",
-    "triton", "wandb", "zstandard",
+    "pyarrow", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
+    "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip
 SHIPPED = {"hf.modeling_megnorm", "hf.configuration_megnorm", "hf.norms_megnorm"}
 

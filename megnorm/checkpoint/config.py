@@ -13,6 +13,8 @@ class CheckpointConfig:
     asynchronous: write in a background thread from a copy in CPU memory (a second copy of the saved state stays there).
     max_file_mb: size (10^6 bytes) at which a rank begins its next file. threads: per rank, for writing and reading.
     verify: compare checksums when loading.
+    init_from: run folder or checkpoint whose weights a new run starts from (fine-tuning, imported models); not used once
+    the run has a checkpoint of its own.
     """
 
     every: int = 1000
@@ -24,6 +26,7 @@ class CheckpointConfig:
     max_file_mb: int = 512
     threads: int = 4
     verify: bool = True
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         least = {"every": 0, "keep_last": 1, "keep_every": 0, "keep_best": 0, "max_file_mb": 1, "threads": 1}

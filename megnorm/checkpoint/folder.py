@@ -1,10 +1,10 @@
 """The folder of checkpoints: names, the ``latest`` record, durable writes, and what a broken save leaves behind.
 
-    step-00000100/        complete, or it would not have this name
-    .tmp-step-00000200/   being written; left over after a kill
-    .old-step-00000200/   an earlier checkpoint of the same step, between the two renames that replace it
-    .trash-step-.../      being deleted
-    latest                SHA-256 and path of the newest checkpoint's manifest, in the format of ``sha256sum``
+step-00000100/        complete, or it would not have this name
+.tmp-step-00000200/   being written; left over after a kill
+.old-step-00000200/   an earlier checkpoint of the same step, between the two renames that replace it
+.trash-step-.../      being deleted
+latest                SHA-256 and path of the newest checkpoint's manifest, in the format of ``sha256sum``
 """
 
 import hashlib

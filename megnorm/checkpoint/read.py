@@ -331,7 +331,7 @@ def _read_all(fd: int, data: memoryview, start: int) -> int:
 
 
 def _stranger(file: Path, step: int) -> str:
-    """" (the file was written for step ...)" if a damaged file's own header says that it belongs to another save."""
+    """ " (the file was written for step ...)" if a damaged file's own header says that it belongs to another save."""
     try:
         with os.fdopen(open_file(file), "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")

@@ -78,9 +78,7 @@ def write_shards(
     finally:
         for output in outputs:
             output.close()
-    files = {
-        output.path.name: File(output.bytes, len(output.header), zlib.crc32(output.header)) for output in outputs
-    }
+    files = {output.path.name: File(output.bytes, len(output.header), zlib.crc32(output.header)) for output in outputs}
     slices: dict[str, list[Slice]] = {name: [] for name in kinds}
     for output in outputs:
         for p in output.pieces:

@@ -238,12 +238,22 @@ def _text(record: dict[str, Any], key: str, escaped: bool) -> str:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
-    return names[type(value)]
+    names: dict[type, str] = {
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "list",
+        dict: "object",
+    }
+    return names.get(type(value), type(value).__name__)
 
 
 def documents(lines: Lines, keys: Sequence[str], tally: Tally) -> Iterator[tuple[int, list[str]]]:
     """(bytes of the line, texts of the keys) of every good line; the bad ones go to the tally."""
+    if lines.unit.path.endswith(".parquet"):
+        yield from _parquet(lines, keys, tally)
+        return
     before: int | None = None
     table = ".tsv" in Path(lines.unit.path).suffixes
     if table and not all(key.isdecimal() for key in keys):
@@ -257,3 +267,31 @@ def documents(lines: Lines, keys: Sequence[str], tally: Tally) -> Iterator[tuple
             tally.add(lines.unit.path, before + number, str(reason))
             continue
         yield len(line or b""), texts
+
+
+def _parquet(lines: Lines, keys: Sequence[str], tally: Tally) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a Parquet file, counted from 1 in messages."""
+    path = lines.unit.path
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{path}: .parquet files need the extra: pip install megnorm[data].") from None
+    try:
+        file = parquet.ParquetFile(path)
+        missing = [key for key in keys if key not in file.schema_arrow.names]
+        if missing:
+            raise DataError(f"{path}: no column {missing[0]!r}, it has {', '.join(file.schema_arrow.names)}.")
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=list(keys)):
+            for record in batch.to_pylist():
+                number += 1
+                lines.position = lines.unit.bytes * number // file.metadata.num_rows
+                try:
+                    texts = [_text(record, key, True) for key in keys]
+                except BadLine as reason:
+                    tally.add(path, number, str(reason))
+                    continue
+                yield sum(len(text.encode()) for text in texts), texts
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a sound Parquet file ({error}); copy it again.") from None

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from megnorm.data.cache import cached
 from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
-from megnorm.data.indexed import IndexedDataset
+from megnorm.data.indexed import CHUNK, IndexedDataset
 
 SURPLUS = 0.005  # each source of a blend is made this much longer than its share
 SEPARATE = 0.80  # a last epoch that is used by less than this is shuffled on its own
+FEW = 24  # data sets up to which a blend is counted in plain numbers
 Indices = dict[str, NDArray[Any]]
 
 
@@ -45,8 +46,7 @@ def gpt_indices(
     lengths: of all sequences; first, last: the split's. samples None: one epoch. extra: tokens by which consecutive
     samples overlap (0 or 1). drop_last False keeps a last sample that is shorter than the others.
     """
-    chosen = np.asarray(lengths[first:last], dtype=np.int64)
-    tokens = int(chosen.sum())
+    tokens = int(lengths[first:last].sum(dtype=np.int64))
     if tokens <= extra or (drop_last and samples is None and tokens < length + extra):
         raise DataError(
             f"this split has {tokens} tokens, too few for one sample of {length}: change data.split, use more data or "
@@ -67,7 +67,7 @@ def gpt_indices(
     document_index = np.concatenate(order)
     elements = epochs * tokens - extra
     total = elements // length if drop_last else -(-elements // length)
-    sample_index = _cut(chosen[document_index - first], total, length, extra)
+    sample_index = _cut(lengths, document_index, min(total * length, elements), total, length, extra)
     head = before_last if separate else total
     kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
     shuffle_index = np.arange(total, dtype=kind)
@@ -77,19 +77,31 @@ def gpt_indices(
     return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
 
 
-def _cut(sizes: NDArray[np.int64], total: int, length: int, extra: int) -> NDArray[Any]:
-    """Where samples begin and end, from the cumulative lengths."""
-    ends = np.cumsum(sizes)
-    cuts = np.arange(total + 1, dtype=np.int64) * length
-    cuts[-1] = min(int(cuts[-1]), int(ends[-1]) - extra)
-    before = -(-ends // length) if extra else ends // length + 1  # cuts at or before the end of each document
-    place = np.repeat(np.arange(len(ends)), np.diff(np.minimum(before, total), prepend=0))
-    place = np.append(place, np.searchsorted(ends, cuts[-1], side="right" if extra else "left"))
-    place[0] = 0
-    small = max(len(sizes), int(sizes.max())) <= np.iinfo(np.int32).max
-    out = np.empty((total + 1, 2), np.int32 if small else np.int64)
-    out[:, 0] = place
-    out[:, 1] = cuts - (ends - sizes)[place]
+def _cut(
+    lengths: NDArray[Any], order: NDArray[np.int32], last: int, total: int, length: int, extra: int
+) -> NDArray[Any]:
+    """Where samples 0 .. total begin, from the cumulative lengths of the sequences in order; ``last`` is the last cut.
+
+    CHUNK sequences at a time, so that memory is that of the result.
+    """
+    out = np.empty((total + 1, 2), np.int32 if len(order) <= np.iinfo(np.int32).max else np.int64)
+    side: Literal["left", "right"] = "right" if extra else "left"
+    tokens = found = 0
+    for start in range(0, len(order), CHUNK):
+        sizes = lengths[order[start : start + CHUNK]].astype(np.int64)
+        ends = np.cumsum(sizes) + tokens
+        begins = ends - sizes
+        place = int(np.searchsorted(ends, last, side=side))
+        if place < len(ends):
+            out[total] = start + place, last - begins[place]
+            last = np.iinfo(np.int64).max  # found: no later chunk may hold it again
+        before = np.minimum(-(-ends // length) if extra else ends // length + 1, total)  # cuts up to each end
+        places = np.repeat(np.arange(len(ends)), np.diff(before, prepend=found))
+        stop = int(before[-1])
+        out[found:stop, 0] = places + start
+        out[found:stop, 1] = np.arange(found, stop) * length - begins[places]
+        tokens, found = int(ends[-1]), stop
+    out[0] = 0
     return out
 
 
@@ -109,10 +121,24 @@ def blend_indices(weights: Sequence[float], samples: int) -> Indices:
     share = share / share.sum() if len(share) else share
     chosen, drawn = np.empty(samples, np.int16), np.empty(samples, np.int64)
     counts, error = np.zeros(len(share)), np.empty(len(share))
+    if len(share) <= FEW:
+        return _blend_few(share.tolist(), chosen, drawn)
     for i in range(samples):
         np.multiply(share, i or 1, out=error)
         error -= counts
         best = int(error.argmax())
+        chosen[i], drawn[i] = best, counts[best]
+        counts[best] += 1
+    return {"dataset_index": chosen, "dataset_sample_index": drawn}
+
+
+def _blend_few(share: list[float], chosen: NDArray[np.int16], drawn: NDArray[np.int64]) -> Indices:
+    """The same in plain numbers, which is faster than arrays for few data sets."""
+    counts = [0] * len(share)
+    for i in range(len(chosen)):
+        now = i or 1
+        errors = [weight * now - count for weight, count in zip(share, counts, strict=True)]
+        best = errors.index(max(errors))
         chosen[i], drawn[i] = best, counts[best]
         counts[best] += 1
     return {"dataset_index": chosen, "dataset_sample_index": drawn}

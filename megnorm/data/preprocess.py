@@ -110,7 +110,7 @@ def run(job: Job) -> Report:
                 for number in todo:
                     encode_unit(job, tokenizer, units[number], number, parts, progress)
     except BaseException:
-        if ranks.size == 1 and not any(parts.glob("*.json")):
+        if ranks.size == 1 and not any(parts.glob("*.done")):
             shutil.rmtree(parts)  # nothing in it to go on from
         raise
     ranks.barrier()
@@ -189,7 +189,7 @@ class Progress:
 
 
 def _done(parts: Path, number: int) -> Path:
-    return parts / f"{number:06d}.json"
+    return parts / f"{number:06d}.done"
 
 
 def _claim(parts: Path, job: Job, units: Sequence[Unit]) -> None:

@@ -94,7 +94,12 @@ class Tiktoken:
             import tiktoken
         except ImportError:
             raise DataError(f"tiktoken:{name} needs the extra: pip install megnorm[data].") from None
-        self.inner = tiktoken.get_encoding(name)
+        try:
+            self.inner = tiktoken.get_encoding(name)
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"tiktoken:{name}: cannot be had ({type(error).__name__}); fill TIKTOKEN_CACHE_DIR."
+            ) from None
         self.vocab_size = int(self.inner.n_vocab)
         self.eod: int | None = int(self.inner.encode_single_token(eod) if eod else self.inner.eot_token)
 

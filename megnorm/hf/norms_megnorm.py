@@ -64,7 +64,8 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             return F.layer_norm(x, (self.size,), eps=self.eps)
         if self.kind in ("rmsnorm", "seednorm"):
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+            # the order of arithmetic in training, so that fp32 outputs are equal to the bit
+            return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(self.size).add(self.eps).rsqrt()
         if self.kind in ("l2", "scalenorm"):
             factor = self.size**0.5 if self.kind == "scalenorm" else 1.0
             return x * (factor / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-30))

@@ -73,7 +73,7 @@ def choose(need: Need, prefer: Mapping[str, str]) -> Callable[..., Any]:
         if op not in OPS:
             raise ValueError(f"kernels.prefer.{op}: there is no such operation; there are {', '.join(OPS)}")
     wanted = prefer.get(need.op)
-    refusals = []
+    refusals: list[tuple[str, str]] = []
     for candidate in offers(need.op):
         if wanted is not None and candidate.backend != wanted:
             continue

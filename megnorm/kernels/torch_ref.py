@@ -1,6 +1,7 @@
 """The reference of every operation in plain PyTorch: it defines the meaning, and runs on every device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,23 @@ from torch import Tensor
 from megnorm.kernels.registry import Need, offer
 
 Reduce = Callable[[Tensor], Tensor]
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NormArgs:
+    """What a norm is told beside its parameters.
+
+    n: features it normalizes over, on all ranks. reduce: sums a statistic over the ranks that share them, and is
+    differentiable (its gradient is the same sum). share: what this rank's sum counts (1 / replicas of its features).
+    cast_first: an RMSNorm casts to the input's dtype before its gain, not after.
+    """
+
+    eps: float
+    n: int
+    cast_first: bool
+    share: float
+    reduce: Reduce
 
 
 def _serves_all(need: Need) -> None:
@@ -22,23 +40,18 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, statistics in fp32.
-
-    reduce sums a statistic over the ranks that share the axis; share is what this rank's sum counts (1 / replicas).
-    """
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, statistics in fp32."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
-        squares = reduce(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(share))
-        rstd = squares.div_(n).add_(eps).rsqrt_()
+        squares = args.reduce(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(args.share))
+        rstd = squares.div_(args.n).add_(args.eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        ctx.n, ctx.share, ctx.reduce = n, share, reduce
+        ctx.args = args
         if weight is None:
             return (x32 * rstd).to(x.dtype)
-        if cast_first:
+        if args.cast_first:
             return (x32 * rstd).to(x.dtype) * weight.to(x.dtype)
         return (x32 * rstd * weight.to(x32.dtype)).to(x.dtype)
 
@@ -51,32 +64,23 @@ class _RMSNorm(torch.autograd.Function):
         if weight is not None:
             dweight = (g * xh).flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
             g = g * weight.to(rstd.dtype)
-        mean = ctx.reduce((g * xh).sum(-1, keepdim=True)).mul_(ctx.share / ctx.n)
+        mean = ctx.args.reduce((g * xh).sum(-1, keepdim=True)).mul_(ctx.args.share / ctx.args.n)
         dx = torch.addcmul(g, xh, mean, value=-1.0).mul_(rstd)
-        return dx.to(x.dtype), dweight, None, None, None, None, None
+        return dx.to(x.dtype), dweight, None
 
 
 class _ShardedLayerNorm(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias, the last axis spread over ranks. Two passes, never E[x^2] - m^2."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        n: int,
-        share: float,
-        reduce: Reduce,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
-        mean = reduce(x32.sum(-1, keepdim=True).mul_(share)).div_(n)
+        mean = args.reduce(x32.sum(-1, keepdim=True).mul_(args.share)).div_(args.n)
         centred = x32 - mean
-        var = reduce(centred.square().sum(-1, keepdim=True).mul_(share)).div_(n)
-        rstd = var.add_(eps).rsqrt_()
+        var = args.reduce(centred.square().sum(-1, keepdim=True).mul_(args.share)).div_(args.n)
+        rstd = var.add_(args.eps).rsqrt_()
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.n, ctx.share, ctx.reduce = n, share, reduce
+        ctx.args = args
         y = centred.mul_(rstd)
         if weight is not None:
             y = y * weight.to(y.dtype)
@@ -96,67 +100,60 @@ class _ShardedLayerNorm(torch.autograd.Function):
             dweight = (g * xh).flatten(0, -1 - weight.dim()).sum(0).to(weight.dtype)
             g = g * weight.to(rstd.dtype)
         sums = torch.cat([g.sum(-1, keepdim=True), (g * xh).sum(-1, keepdim=True)], -1)
-        means = ctx.reduce(sums).mul_(ctx.share / ctx.n)
+        means = ctx.args.reduce(sums).mul_(ctx.args.share / ctx.args.n)
         dx = (g - means[..., :1] - xh * means[..., 1:]) * rstd
-        return dx.to(x.dtype), dweight, dbias, None, None, None, None
+        return dx.to(x.dtype), dweight, dbias, None
 
 
-def _length(x: Tensor, share: float, reduce: Reduce) -> Tensor:
-    """Euclidean length over the last axis, across ranks; differentiable when reduce is. Clamped so that 0 has gradient 0."""
-    return reduce(x.square().sum(-1, keepdim=True) * share).clamp_min(1e-30).sqrt()
+def _length(x: Tensor, args: NormArgs) -> Tensor:
+    """Euclidean length over the last axis, on all ranks; clamped so that a zero vector has gradient zero."""
+    return args.reduce(x.square().sum(-1, keepdim=True) * args.share).clamp_min(1e-30).sqrt()
 
 
 @offer("norm", "torch", 0, _serves_all)
-def make_norm(need: Need) -> Callable[..., Tensor]:
-    """fn(x, params, *, eps, cast_first, n, share, reduce) -> like x.
+def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
+    """fn(x, params, args) -> like x, for a norm kind.
 
     x [..., n / ranks] (or [..., heads, hd]); params: weight, bias, alpha, shift, beta by name, those the kind has.
-    n: the global width. share, reduce: see _RMSNorm; for kinds other than rmsnorm and layernorm reduce must be
-    differentiable (its gradient is the same sum).
     """
 
-    def layernorm(
-        x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
-    ):  # type: ignore[no-untyped-def]
+    def layernorm(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         weight, bias = p.get("weight"), p.get("bias")
         if need.sharded or (weight is not None and weight.dim() > 1):
-            return _ShardedLayerNorm.apply(x, weight, bias, eps, n, share, reduce)
+            return _ShardedLayerNorm.apply(x, weight, bias, args)
         if weight is None and bias is not None:
-            return F.layer_norm(x, (n,), None, None, eps) + bias
-        return F.layer_norm(x, (n,), weight, bias, eps)
+            return F.layer_norm(x, (args.n,), None, None, args.eps) + bias
+        if weight is not None and weight.dtype != x.dtype:  # 1 + w is kept in fp32
+            wide_bias = None if bias is None else bias.to(weight.dtype)
+            return F.layer_norm(x.to(weight.dtype), (args.n,), weight, wide_bias, args.eps).to(x.dtype)
+        return F.layer_norm(x, (args.n,), weight, bias, args.eps)
 
-    def rmsnorm(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
-        y = _RMSNorm.apply(x, p.get("weight"), eps, cast_first, n, share, reduce)
+    def rmsnorm(x: Tensor, p: Params, args: NormArgs) -> Tensor:
+        y: Tensor = _RMSNorm.apply(x, p.get("weight"), args)
         return y if "bias" not in p else y + p["bias"]
 
-    def unit(x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce):  # type: ignore[no-untyped-def]
+    def unit(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
-        factor = float(n) ** 0.5 if need.kind == "scalenorm" else 1.0
-        y = (x32 * (factor / _length(x32, share, reduce))).to(x.dtype)
-        return _affine(y, p)
+        factor = float(args.n) ** 0.5 if need.kind == "scalenorm" else 1.0
+        return _affine((x32 * (factor / _length(x32, args))).to(x.dtype), p)
 
-    def pointwise(
-        x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
-    ):  # type: ignore[no-untyped-def]
+    def pointwise(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         inside = p["alpha"] * x
         return _affine(torch.tanh(inside) if need.kind == "dyt" else torch.erf(inside + p["shift"]), p)
 
-    def seednorm(
-        x: Tensor, p: dict[str, Tensor], *, eps: float, cast_first: bool, n: int, share: float, reduce: Reduce
-    ):  # type: ignore[no-untyped-def]
+    def seednorm(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
-        rms = (reduce(x32.square().sum(-1, keepdim=True) * share) / n + eps).rsqrt()
-        gate = torch.tanh(reduce((x32 * p["beta"]).sum(-1, keepdim=True) * share))
+        rms = (args.reduce(x32.square().sum(-1, keepdim=True) * args.share) / args.n + args.eps).rsqrt()
+        gate = torch.tanh(args.reduce((x32 * p["beta"]).sum(-1, keepdim=True) * args.share))
         return ((p["alpha"] * gate + p["weight"]) * (x32 * rms)).to(x.dtype)
 
     made = {"layernorm": layernorm, "rmsnorm": rmsnorm, "l2": unit, "scalenorm": unit, "dyt": pointwise}
     return {**made, "derf": pointwise, "seednorm": seednorm}[need.kind]
 
 
-def _affine(y: Tensor, p: dict[str, Tensor]) -> Tensor:
-    if "weight" in p:
-        y = y * p["weight"]
-    return y + p["bias"] if "bias" in p else y
+def _affine(y: Tensor, p: Params) -> Tensor:
+    out = y * p["weight"] if "weight" in p else y
+    return (out + p["bias"] if "bias" in p else out).to(y.dtype)
 
 
 @offer("attention", "torch", 0, _serves_all)

@@ -60,11 +60,13 @@ class PositionEmbedding(nn.Module):
     def __init__(self, cfg: ModelConfig, env: Env) -> None:
         super().__init__()
         self.mesh, self.padded = env.mesh, cfg.padding_id is not None
+        self.table: Tensor | None
         if cfg.positions == "learned":
             partial = "tp" if env.mesh.sequence_parallel else None
             shape = (cfg.max_positions, cfg.width)
             layout = Layout.whole(shape, "position", grad_sum=partial, owner=env.mesh.tp.rank == 0)
             self.weight = parameter(env.empty(*shape), layout)
+            self.table = None
         else:
             first = 1 if cfg.padding_id is None else cfg.padding_id + 1
             table = sinusoid_table(cfg.max_positions, cfg.width, first).to(env.device)
@@ -75,7 +77,7 @@ class PositionEmbedding(nn.Module):
         positions = slice_sequence(positions, self.mesh.sp)
         if positions.dim() == 1:
             positions = positions[:, None]
-        rows = F.embedding(positions.clamp_min(0), self.weight if hasattr(self, "weight") else self.table)
+        rows = F.embedding(positions.clamp_min(0), self.weight if self.table is None else self.table)
         return rows * (positions >= 0)[..., None].to(rows.dtype) if self.padded else rows
 
 

@@ -16,20 +16,24 @@ assert backends.REFERENCE  # imported for its offers
 
 @dataclass(frozen=True)
 class Env:
-    """Where and of what a layer is built: mesh, dtype of parameters, preferred kernels, dropout's random streams."""
+    """Where and of what a layer is built: mesh, dtype of parameters, preferred kernels, dropout's random streams.
+
+    compute: dtype of activations, for which kernels are chosen; None: dtype. (Weights start in fp32 and are lowered later.)
+    """
 
     mesh: Mesh = field(default_factory=Mesh)
     dtype: torch.dtype = torch.float32
     prefer: Mapping[str, str] = field(default_factory=dict)
     rng: DropoutRng = field(default_factory=lambda: DropoutRng(torch.device("cpu")))
+    compute: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
         return self.mesh.device
 
     def kernel(self, op: str, **detail: Any) -> Callable[..., Any]:
-        """The implementation of ``op`` chosen for this device and dtype."""
-        return registry.choose(registry.Need(op, self.device.type, self.dtype, **detail), self.prefer)
+        """The implementation of ``op`` chosen for this device and the dtype of activations."""
+        return registry.choose(registry.Need(op, self.device.type, self.compute or self.dtype, **detail), self.prefer)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

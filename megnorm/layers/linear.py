@@ -6,6 +6,7 @@ Shapes are [s, b, features]; with sequence parallelism inputs of a column layer 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,13 +78,15 @@ class ColumnParallelLinear(nn.Module):
         for out in outs:
             share = Share.of(out.units, env.mesh)
             rows, first, local = out.units * out.width, share.first * out.width, share.count * out.width
-            held = {
-                "start": start,
-                "grad_sum": "kv" if share.replicas > 1 else None,
-                "owner": env.mesh.tp.rank % share.replicas == 0,
-            }
-            weights.append(Matrix(out.role, out.role, (rows, d_in), (first, 0), (local, d_in), **held))
-            biases.append(Matrix(out.role, "bias", (rows,), (first,), (local,), **held))
+            held = partial(
+                Matrix,
+                out.role,
+                start=start,
+                grad_sum="kv" if share.replicas > 1 else None,
+                owner=env.mesh.tp.rank % share.replicas == 0,
+            )
+            weights.append(held(out.role, (rows, d_in), (first, 0), (local, d_in)))
+            biases.append(held("bias", (rows,), (first,), (local,)))
             start += local
         self.sizes = [matrix.local[0] for matrix in weights]
         self.weight = parameter(env.empty(start, d_in), Layout(tuple(weights)))

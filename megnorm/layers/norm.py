@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from megnorm.kernels.torch_ref import NormArgs
 from megnorm.layers.env import Env
 from megnorm.layers.linear import Share
 from megnorm.norms.scheme import Norm
@@ -38,12 +39,13 @@ class NormLayer(nn.Module):
         self.units, self.width = units, width
         self.held = Share(0, units, 1) if site in STREAM_SITES else Share.of(units, env.mesh)
         self.axis = env.mesh.tp if self.place.statistics == "tp" else Axis("none")
-        self.share = 1.0 / self.held.replicas if self.axis.size > 1 else 1.0
         self.heads = (self.held.count, width) if norm.over == "head" else None
         self.n = width if norm.over == "head" else units * width
         for name, form, value in parameters_of(norm):
             setattr(self, name, parameter(*self._storage(form, value, env)))
         self.kernel = env.kernel("norm", kind=norm.kind, sharded=self.axis.size > 1)
+        share = 1.0 / self.held.replicas if self.axis.size > 1 else 1.0
+        self.args = NormArgs(float(norm.eps or 0.0), self.n, norm.cast == "before_gain", share, self._reduce)
 
     def _storage(self, form: str, value: float, env: Env) -> tuple[Tensor, Layout]:
         """A parameter's initial storage on this rank, and its layout. form: see ``parameters_of``."""
@@ -76,22 +78,18 @@ class NormLayer(nn.Module):
         shape = x.shape
         if self.heads is not None:
             x = x.unflatten(-1, self.heads)
-        params = dict(self._parameters)
+        y = self.kernel(x, self._params(x), self.args)
+        y = y if self.norm.scale == 1.0 else y * self.norm.scale
+        return y.view(shape) if self.heads is not None else y
+
+    def _params(self, x: Tensor) -> dict[str, Tensor]:
+        """The parameters as the kernel takes them: the gain as it is applied, one value per feature."""
+        params: dict[str, Tensor] = {name: param for name, param in self._parameters.items() if param is not None}
         if self.norm.gain == "one_plus":
             params["weight"] = params["weight"].to(torch.promote_types(torch.float32, x.dtype)) + 1.0
         elif self.norm.gain == "scalar" and self.norm.kind in ("layernorm", "rmsnorm", "seednorm"):
             params["weight"] = params["weight"].expand(x.shape[-1])
-        y = self.kernel(
-            x,
-            params,
-            eps=self.norm.eps,
-            cast_first=self.norm.cast == "before_gain",
-            n=self.n,
-            share=self.share,
-            reduce=self._reduce,
-        )
-        y = y if self.norm.scale == 1.0 else y * self.norm.scale
-        return y.view(shape) if self.heads is not None else y
+        return params
 
 
 def parameters_of(norm: Norm) -> list[tuple[str, str, float]]:

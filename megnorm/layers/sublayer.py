@@ -20,7 +20,8 @@ class Dropout(nn.Module):
         if self.p == 0.0 or not self.training:
             return x
         keep = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self.stream)
-        return x * keep.div_(1.0 - self.p)
+        # By a Python number: in bf16 a mask of 1 / 0.9 would be rounded, and the mean with it.
+        return (x * keep) * (1.0 / (1.0 - self.p))
 
 
 class SubLayer(nn.Module):

@@ -14,8 +14,8 @@ class InitConfig:
 
     distribution: of hidden matrices (q, k, v, o, up, gate, down). normal and truncated_normal (at 3 std) use std;
     xavier_normal and xavier_uniform use each logical matrix's own fans; uniform_fan_in is U(+-1/sqrt(fan_in)).
-    std None: 0.02. depth_scaled: divide o and down by sqrt(2 L). embedding_std, head_std None: std.
-    seed: None takes train.seed. device: where weights are drawn; "cpu" gives the same weights on every machine.
+    std None: 0.02. depth_scaled: divide o and down by sqrt(2 L). embedding_std, position_std, head_std None: std; these
+    three are always normal, truncated with truncated_normal.
     """
 
     distribution: Literal["normal", "truncated_normal", "xavier_normal", "xavier_uniform", "uniform_fan_in"] = "normal"

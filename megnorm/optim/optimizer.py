@@ -40,7 +40,7 @@ class Optimizer:
             leaf = n.matrix.view(masters[id(n.param)]).detach()
             self.masters[n.name] = leaf
             if leaf.numel() > 0:
-                key = (config.weight_decay * config.decay.get(n.matrix.role, 1.0), config.rate.get(n.matrix.role, 1.0))
+                key = (config.decay_of(n.matrix.role), config.rate.get(n.matrix.role, 1.0))
                 groups.setdefault(key, []).append(leaf)
         self.adamw = torch.optim.AdamW(
             [{"params": ps, "weight_decay": wd, "rate": rate} for (wd, rate), ps in groups.items()],

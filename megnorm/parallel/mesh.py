@@ -65,7 +65,7 @@ def build_mesh(
         return Mesh(device=device)
     replicas = max(1, tp // kv_heads)
     mesh = init_device_mesh(device.type, (pp, dp, tp // replicas, replicas), mesh_dim_names=("pp", "dp", "head", "kv"))
-    flat = cast(DeviceMesh, mesh["head", "kv"]._flatten("tp"))
+    flat = mesh["head", "kv"]._flatten("tp")
 
     def axis(name: str, source: DeviceMesh) -> Axis:
         group = source.get_group()

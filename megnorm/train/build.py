@@ -107,8 +107,8 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
 def build_trained_model(plan: Plan, mesh: Mesh) -> tuple[CausalLM, DropoutRng]:
     """The model with its initial weights, in fp32 (fp64 for fp64), and the random streams of its dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
-    dtype = torch.promote_types(DTYPES[config.train.precision], torch.float32)
-    env = Env(mesh, dtype, config.kernels.prefer, rng)
+    compute = DTYPES[config.train.precision]
+    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute)
     multiple = config.parallel.vocab_multiple
     model = build_model(config.model, env, seed=config.train.seed, resolved=plan.resolved, vocab_multiple=multiple)
     return model, rng

@@ -18,7 +18,7 @@ OPTIONAL = {
     "tensorboard": "TensorBoard (megnorm[tensorboard])",
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
-    "zstandard": ".zst input (megnorm[zstd])",
+    "zstandard": ".zst input (megnorm[data])",
 }
 
 

@@ -8,22 +8,26 @@ from megnorm.metrics.throughput import flops_per_token, mfu, peak_flops
 from megnorm.train import state
 from megnorm.train.build import DTYPES, Run
 from megnorm.train.signals import EXIT_STOPPED, StopRequest, agreed
-from megnorm.train.step import StepResult, evaluate, train_step
+from megnorm.train.step import DivergedError, StepResult, evaluate, train_step
 
 
 def fit(run: Run, saver: Saver, sinks: Sinks) -> int:
     """Train until ``train.steps``, a signal, or ``train.stop_after``; the exit code: 0, or EXIT_STOPPED where steps remain."""
     t, every = run.plan.config.train, run.plan.config.checkpoint.every
-    stop, pace = StopRequest(run.mesh), Pace(run)
+    stop, pace = StopRequest(), Pace(run)
     last = t.steps if t.stop_after is None else min(t.steps, run.step + t.stop_after)
     stopped = False
     while run.step < last and not stopped:
-        result = train_step(run)
-        if agreed(saver.failed, run.mesh):
+        try:
+            result = train_step(run)
+        except DivergedError:
+            saver.wait()  # all ranks are here: let the save under way, which needs them all, be finished
+            raise
+        failed, stopped = agreed([saver.failed, stop.asked], run.mesh)
+        if failed:
             saver.wait()  # raises the reason where the background save failed
             raise ValueError("the background save failed on another rank; see its message")
         pace.add(result)
-        stopped = stop.agreed()
         ended = run.step == last or stopped
         logs = run.step % t.log_every == 0 or ended
         values = pace.values(result) if logs or result.probes else {}
@@ -69,7 +73,7 @@ class Pace:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens": self.run.step * self.run.plan.tokens_per_step,
+            "tokens": self.run.consumed * self.run.plan.config.train.sequence_length,
             "tokens_per_second": rate,
             "mfu": mfu(rate, self.flops, self.peak),
             **(

@@ -23,9 +23,11 @@ from megnorm.plan import Plan, PlanError, make_plan
 from megnorm.train import state
 from megnorm.train.build import Run, build
 from megnorm.train.loop import fit
+from megnorm.train.signals import EXIT_STOPPED
 from megnorm.train.step import DivergedError
 
 log = logging.getLogger("megnorm")
+MAY_CHANGE = ("dropout", "attention_dropout", "init")  # of ModelConfig, when a run goes on
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,10 @@ def run_train(args: argparse.Namespace) -> int:
     try:
         return _train(args, where)
     except (ValueError, DivergedError) as error:
+        if not _is_ours(error):
+            print(f"megnorm train: rank {where.rank} failed:", file=sys.stderr)
+            traceback.print_exc()
+            return 1
         # One sentence, not a trace: the message is written for the person who can mend it. Every rank sees the same.
         if where.rank == 0 or not isinstance(error, PlanError | configs.ConfigError):
             print(
@@ -75,23 +81,36 @@ def _train(args: argparse.Namespace, where: launch.World) -> int:
     make_plan(config, where.size)
     launch.set_threads(where, config.train.threads)
     torch.manual_seed(config.train.seed)
-    folder = Path(config.train.out) / "checkpoints"
-    found = io.latest(folder) if folder.is_dir() else None
-    if found is not None and args.fresh:
-        raise ValueError(f"{found} exists and --fresh was given; choose another train.out or remove the run")
-    record = io.read_meta(found) if found is not None else None
-    resolved = None if record is None else _continued(record, config, found)
     device = launch.device_of(where)
     launch.init(where, device, config.parallel.timeout)
+    folder = Path(config.train.out) / "checkpoints"
+    found = launch.from_rank_zero(lambda: io.latest(folder) if folder.is_dir() else None)
+    if found is not None and args.fresh:
+        raise ValueError(f"{found} exists and --fresh was given; choose another train.out or remove the run")
+    resolved = None if found is None else _continued(io.read_meta(found), config, found)
     run = build(make_plan(config, where.size, resolved), device)
     if found is not None:
         found = state.resume(run, folder)
+    elif config.checkpoint.init_from is not None:
+        state.start_from(run, Path(config.checkpoint.init_from))
     if where.rank == 0:
         _announce(run.plan, run, found)
     if run.step >= config.train.steps:
         log.info("all %d steps are done; raise train.steps to go on", config.train.steps)
         return 0
-    return _fit(run, where)
+    code = _fit(run, where)
+    if code == EXIT_STOPPED and launch.restarts_failures(where):
+        log.info("stopped and saved; exit code 0, because torchrun would restart after any other")
+        return 0
+    return code
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether megnorm raised it, with a sentence for the user, or something that it called."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith("megnorm")
 
 
 def _fit(run: Run, where: launch.World) -> int:
@@ -109,8 +128,10 @@ def _fit(run: Run, where: launch.World) -> int:
 def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | None) -> Resolved:
     """The scheme of the run that goes on, in the numbers it began with. Raises PlanError if the model is another."""
     before, now = record["config"]["model"], configs.to_dict(config)["model"]
+    for model in (before, now):  # where a plug-in lies is no part of the model: its numbers are in the checkpoint
+        model["norm"] = {**model["norm"], "plugins": []}
     for key in ModelConfig.__dataclass_fields__:
-        if before.get(key) != now[key]:
+        if key not in MAY_CHANGE and before.get(key) != now[key]:
             raise PlanError(
                 f"model.{key} is {now[key]!r}, but {found} was trained with {before.get(key)!r}; "
                 "keep it, or choose another train.out"

@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds: shards of logical tensors and a small record."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from megnorm.checkpoint.shard import Shard
 from megnorm.config import to_dict
 from megnorm.parallel.layout import Named
 from megnorm.train.build import Run, open_data
+
+log = logging.getLogger("megnorm")
 
 
 def shards(run: Run, *, owned: bool) -> list[Shard]:
@@ -59,11 +62,24 @@ def resume(run: Run, folder: Path) -> Path:
     assert loaded is not None, "the caller has seen a checkpoint"
     path, record = loaded
     run.step, run.consumed, run.updates = record["step"], record["consumed_samples"], record["updates"]
-    run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
+    if {run.plan.config.train.precision, record["config"]["train"]["precision"]} == {"fp16"}:
+        run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
     run.optimizer.set_updates(run.updates)
     run.optimizer.lower()
     run.train_data = open_data(run.plan, "train", record["data"])
     return path
+
+
+def start_from(run: Run, source: Path) -> None:
+    """Take the weights, and nothing else, of a run folder or checkpoint: step 0 of a new run. Raises CheckpointError."""
+    folder = source / "checkpoints"
+    path = io.latest(folder) if folder.is_dir() else source
+    if path is None:
+        raise io.CheckpointError(f"checkpoint.init_from: {folder} holds no whole checkpoint; name another run")
+    weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith("optim.")]
+    io.load(path, weights, verify=run.plan.config.checkpoint.verify, convert=True)
+    run.optimizer.lower()
+    log.info("weights from %s; optimizer, data and step start anew", path)
 
 
 def _agreement(run: Run) -> Callable[[bool], bool]:

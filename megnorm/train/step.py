@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,8 @@ from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
 from megnorm.parallel.collectives import all_reduce
 from megnorm.parallel.layout import reduce_replicated_grads
-from megnorm.train.build import Run
+from megnorm.train.build import Run, Samples
+from megnorm.train.config import TrainConfig
 
 
 class DivergedError(RuntimeError):
@@ -45,12 +46,12 @@ def train_step(run: Run) -> StepResult:
     begin = time.perf_counter()
     config, step = run.plan.config, run.step + 1
     run.observer.begin(step)
-    batch = _own_batch(run)
+    batch = _own_rows(run, run.train_data, run.consumed)
     tokens = _global_tokens(run, batch)
     run.model.train()
     run.buffer.zero()
     total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
-    for i, part in enumerate(micro_batches(batch, config.train.micro_batch, run.mesh.device)):
+    for i, part in enumerate(micro_batches(batch, config.train, run.mesh.device)):
         run.rng.start(config.train.seed, step, i, run.mesh.dp.rank, run.mesh.pp.rank, tp_rank=run.mesh.tp.rank)
         loss = run.model(part) / tokens
         (loss * run.scale.scale).backward()
@@ -66,7 +67,8 @@ def train_step(run: Run) -> StepResult:
     lr = learning_rate(config.optim, run.updates + 1, config.train.steps)
     if finite:
         _update(run, norm, lr)
-    elif config.train.precision != "fp16" or not math.isfinite(float(total)):
+    elif config.train.precision != "fp16" or run.scale.scale <= 1.0 or not math.isfinite(float(total)):
+        # fp16 overflow is cured by a smaller loss scale, as long as there is one.
         raise DivergedError(
             f"step {step}: loss {float(total)}, gradient norm {norm}; nothing was saved. Lower optim.lr, lengthen "
             "optim.warmup_steps or choose a more stable norm.scheme"
@@ -86,29 +88,36 @@ def evaluate(run: Run) -> float:
     run.model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for i in range(t.eval_batches):
-        batch = run.valid_data.batch(i * t.global_batch, t.global_batch, mesh.dp.rank, mesh.dp.size)
-        for part in micro_batches(batch, t.micro_batch, mesh.device):
+        batch = _own_rows(run, run.valid_data, i * t.global_batch)
+        for part in micro_batches(batch, t, mesh.device):
             sums += torch.stack([run.model(part).double(), part.loss_mask.sum().double()])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))
 
 
-def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Tokens]:
-    """The rows of a rank's batch, ``size`` sequences at a time; a packed batch (b = 1) is one micro-batch."""
+def micro_batches(batch: Batch, train: TrainConfig, device: torch.device) -> Iterator[Tokens]:
+    """The rows of a rank's batch, ``micro_batch`` sequences at a time; packed rows (b = 1) stand one behind the other."""
+    ends = None if batch.cu_seqlens is None else batch.cu_seqlens[1:].cpu()
+    dim, size = (1, train.micro_batch) if ends is None else (0, train.micro_batch * train.sequence_length)
     batch = batch.to(device)
-    if batch.cu_seqlens is not None:
-        lengths = tuple(batch.cu_seqlens.diff().tolist())
-        yield Tokens(batch.tokens, batch.labels, batch.loss_mask, batch.positions, lengths)
-        return
-    for first in range(0, batch.tokens.shape[1], size):
-        part = slice(first, first + size)
-        positions = None if batch.positions is None else batch.positions[:, part]
-        yield Tokens(batch.tokens[:, part], batch.labels[:, part], batch.loss_mask[:, part], positions)
+    for first in range(0, batch.tokens.shape[dim], size):
+        length = min(size, batch.tokens.shape[dim] - first)
+        tokens, labels, mask = (x.narrow(dim, first, length) for x in (batch.tokens, batch.labels, batch.loss_mask))
+        positions = None if batch.positions is None else batch.positions.narrow(dim, first, length)
+        if ends is None:
+            yield Tokens(tokens, labels, mask, positions)
+            continue
+        inside = ends[(ends > first) & (ends <= first + length)]  # every row ends a document piece
+        yield Tokens(tokens, labels, mask, positions, tuple(inside.diff(prepend=inside.new_tensor([first])).tolist()))
 
 
-def _own_batch(run: Run) -> Batch:
-    dp = run.mesh.dp
-    return run.train_data.batch(run.consumed, run.plan.config.train.global_batch, dp.rank, dp.size)
+def _own_rows(run: Run, data: Samples, first_sample: int) -> Batch:
+    """This rank's rows of a global batch; padding is never a label that counts."""
+    config, dp = run.plan.config, run.mesh.dp
+    batch = data.batch(first_sample, config.train.global_batch, dp.rank, dp.size)
+    if config.model.padding_id is None:
+        return batch
+    return replace(batch, loss_mask=batch.loss_mask * (batch.labels != config.model.padding_id))
 
 
 def _global_tokens(run: Run, batch: Batch) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
-from megnorm.data.indexed import IndexedDataset
+from megnorm.data.indexed import IndexedDataset, IndexedWriter
 from megnorm.data.loader import Loader
 from megnorm.data.samples import PERIOD, Mixture, permute, shares
 from tests.data.helpers import numbered, write
@@ -202,6 +202,17 @@ def test_a_wrong_tokenizer_is_told(tmp_path: Path) -> None:
     negative = write(tmp_path / "n", [[1, -2, 3] * 30], "int32")
     with pytest.raises(DataError, match="-2 is negative"):
         loader(negative, split=(1, 0, 0)).batch(0, 4)
+
+
+def test_the_tokenizer_of_the_data_is_compared(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with IndexedWriter(tmp_path / "x", "uint16") as writer:
+        writer.add_document(list(range(100)))
+        writer.notes["tokenizer"] = {"name": "theirs", "sha256": "0"}
+    with pytest.raises(DataError, match="written with tokenizer theirs"):
+        loader(str(tmp_path / "x"), tokenizer=str(tmp_path))
+    with pytest.raises(DataError, match=r"data\.tokenizer: there is no"):
+        loader(str(tmp_path / "x"), tokenizer=str(tmp_path / "none"))
 
 
 def test_plain_refusals(tmp_path: Path) -> None:

@@ -138,6 +138,30 @@ def test_compressed_files(source: Path, tmp_path: Path, suffix: str) -> None:
     assert not list(tmp_path.glob("torn*"))
 
 
+def test_parquet(tmp_path: Path, source: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table({"text": [*TEXTS, None, "  "], "n": list(range(8))}), tmp_path / "in.parquet")
+    run(job(source, tmp_path / "plain"))
+    report = run(job(tmp_path / "in.parquet", tmp_path / "out"))
+    assert files(tmp_path / "out") == files(tmp_path / "plain") and report.bad == 2
+    assert "in.parquet:7: 'text' is null" in report.first[0]
+    with pytest.raises(DataError, match="no column 'other'"):
+        run(job(tmp_path / "in.parquet", tmp_path / "x", keys=("other",)))
+    (tmp_path / "in.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match="not a sound Parquet file"):
+        run(job(tmp_path / "in.parquet", tmp_path / "x"))
+
+
+def test_sentencepiece(shared: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    words = load(str(shared / "data/tokenizers/spm8k-multi"))
+    ids, lengths = words.encode_batch(["hello world", "", "Guten Tag"])
+    assert words.vocab_size == 8192 and words.eod == 2 and lengths[1] == 0
+    assert words.decode(ids[: lengths[0]].tolist()) == "hello world"
+
+
 @settings(max_examples=50)
 @given(
     lines=st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=12), unit=st.integers(1, 40)
@@ -306,7 +330,7 @@ def test_a_killed_process_leaves_no_final_file(project: Path, tmp_path: Path) ->
     source.write_bytes(line * 60000)
     process = subprocess.Popen(command(project, source, tmp_path / "out"))
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.parts/*.json")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out.parts/*.done")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -330,3 +354,33 @@ def test_ranks_write_the_same_bytes(project: Path, tmp_path: Path, shared: Path)
     result = subprocess.run([mpirun, "-n", "3", *words], capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and "bad.jsonl:301: not JSON" in result.stdout + result.stderr
     assert not list(tmp_path.glob("bad_text*"))
+
+
+@pytest.mark.full
+def test_processes_write_the_same_bytes(project: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD * 200 + b"{\n")
+    run(job(source, tmp_path / "one"))
+    subprocess.run(command(project, source, tmp_path / "two", "--workers", 2, "--unit-bytes", 9000), check=True)
+    assert files(tmp_path / "one") == files(f"{tmp_path}/two_text_document")
+
+
+@pytest.mark.full
+def test_a_killed_worker_is_told_and_the_run_goes_on(project: Path, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    source = tmp_path / "in.jsonl"
+    source.write_bytes((json.dumps({"text": "many words " * 200}).encode() + b"\n") * 60000)
+    words = command(project, source, tmp_path / "out", "--workers", 2)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("out.parts/*.done")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    workers[0].kill()
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "a worker process died" in told and "Traceback" not in told
+    assert not list(tmp_path.glob("out_text*"))
+    done = len(list(tmp_path.glob("out.parts/*.done")))
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done and "units of input had been done by an earlier run" in result.stdout
+    assert IndexedDataset(tmp_path / "out_text_document").document_count == 60000

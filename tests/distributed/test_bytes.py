@@ -10,20 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.distributed import cases
-from tests.distributed.counter import Message, counting
 
 from megnorm.config import RunConfig
 from megnorm.parallel.data_parallel import GradBuffer
 from megnorm.parallel.layout import reduce_replicated_grads
 from megnorm.plan import make_plan
 from megnorm.train.build import build_trained_model, mesh_of
+from tests.distributed import cases
+from tests.distributed.counter import Message, counting
 from tools import parity
 
 S, B, D = 8, 2, 32
 STREAM = S * B * D  # elements of the residual stream
 TOKENS = S * B
-PRECISION = {"fp32": 4, "fp64": 8}
+# torch 2.13 renamed these; older versions have the old names only
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def count(rank: int, world: int, config: RunConfig) -> tuple[Counter[Message], Counter[Message]]:
@@ -97,8 +99,8 @@ def _known_calls(rank: int, world: int) -> Counter[Message]:
     with counting() as wire:
         dist.all_reduce(torch.ones(10))
         dist.all_reduce(torch.ones(2, 5))
-        dist.all_gather_into_tensor(torch.empty(6, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
-        dist.reduce_scatter_tensor(torch.empty(4), torch.ones(8))
+        _all_gather(torch.empty(6, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+        _reduce_scatter(torch.empty(4), torch.ones(8))
         dist.broadcast(torch.ones(5), 0)
         x = torch.ones((), dtype=torch.float64, requires_grad=True)
         (_InBackward.apply(x) * 2).backward()
@@ -182,4 +184,6 @@ def test_the_table_of_the_docs(ranks: Any) -> None:
     text = table(ranks)
     print(text)
     assert "| preln, rmsnorm | kept | 4 x 1 sbd | 4 x 1 sbd | none |" in text.splitlines()
-    assert "| normformer, layernorm | gathered again | 6 x 1 sbd | 4 x 1 sbd | 2 x 1 sb + 1 x 2 sb |" in text.splitlines()
+    assert (
+        "| normformer, layernorm | gathered again | 6 x 1 sbd | 4 x 1 sbd | 2 x 1 sb + 1 x 2 sb |" in text.splitlines()
+    )

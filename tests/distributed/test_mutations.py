@@ -1,16 +1,17 @@
 """The parity test bites: every deliberately broken build (mutations.py) turns it red, and the unbroken one is green."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from tests.distributed import cases
 from tests.distributed.mutations import MUTATIONS, compare_broken
-
 from tools import parity
 
 RED = 1e-6  # four orders above the tolerance of float64
 
-# mutation: the case that shows it. Keys as in cases.config; world is tp * dp.
+# mutation: the case that shows it. Keys as in cases.config, and options of the scheme.
 HYBRID = {"scheme": "hybridnorm", "tp": 2, "sequence_parallel": True, "kv": 2}
 SHOWN_BY: dict[str, dict[str, Any]] = {
     "head gains of q not summed": HYBRID,
@@ -34,7 +35,7 @@ SHOWN_BY: dict[str, dict[str, Any]] = {
     "kv gains not summed over replicas": {"scheme": "olmo2", "kv": 1},
     "stream gains not summed": {"scheme": "sandwich"},
     "final gain not summed": {"scheme": "preln"},
-    "embedding gain not summed": {"scheme": "hybridnorm_post_norm", "kind": "layernorm"},
+    "embedding gain not summed": {"scheme": "postln", "kind": "layernorm", "options": {"embedding_norm": True}},
     "stream gains summed without sequence parallelism": {"scheme": "preln", "sequence_parallel": False},
     "residual scales not summed": {"scheme": "resscale"},
     "positions not summed": {"scheme": "preln", "model": "gpt2"},
@@ -59,7 +60,10 @@ MEASURED: dict[str, parity.Difference] = {}  # one unbroken run serves all mutat
 
 def measure(ranks: Any, case: dict[str, Any], mutation: str | None) -> parity.Difference:
     case = {"tp": 2, "sequence_parallel": True, **case}
+    options = case.pop("options", None)
     config = cases.config(**case)
+    if options is not None:
+        config = replace(config, model=replace(config.model, norm=replace(config.model.norm, options=options)))
     key = repr((config, mutation))
     if key not in MEASURED:
         MEASURED[key] = ranks(case["tp"] * case.get("dp", 1)).run(compare_broken, config, mutation, 2)[0]

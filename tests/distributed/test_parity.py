@@ -4,9 +4,9 @@ import itertools
 from typing import Any
 
 import pytest
-from tests.distributed import cases
 
 from megnorm.plan import PlanError, make_plan
+from tests.distributed import cases
 from tools import parity
 
 FACTORS = {

@@ -45,6 +45,7 @@ def test_ranks_work_together_and_live_on(ranks) -> None:
     assert first[0][1] == 1
 
 
+@pytest.mark.full
 def test_failures_are_told_and_the_pool_starts_afresh() -> None:
     pool = Pool(2)
     with pytest.raises(RankError, match="(?s)rank 1 of 2.*rank 1 has had enough"):

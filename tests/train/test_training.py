@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.tiny import losses, write_config, write_data
 
 from megnorm import config as configs
 from megnorm.checkpoint import io
 from megnorm.cli import main
 from megnorm.train.signals import EXIT_STOPPED
+from tests.train.tiny import losses, write_config, write_data
 
 
 @pytest.fixture
@@ -69,6 +69,26 @@ def test_a_signal_saves_and_the_next_start_continues(tmp_path: Path, prefix: Pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_a_new_run_may_start_from_weights_alone(tmp_path: Path, prefix: Path) -> None:
+    first = write_config(tmp_path, prefix, train=_train(tmp_path, "first", precision="bf16"))
+    assert main(["train", "--config", str(first)]) == 0
+    again = ["train", "--config", str(first), f"train.out={tmp_path / 'again'}", "train.steps=1", "optim.lr=1e-30"]
+    assert main([*again, "optim.warmup_steps=0", f"checkpoint.init_from={tmp_path / 'first'}"]) == 0
+    old, new = (io.latest(tmp_path / name / "checkpoints") for name in ("first", "again"))
+    assert io.read_meta(new)["step"] == 1 and io.read_meta(new)["consumed_samples"] == 4
+    names = [name for name in io.available(old) if not name.startswith("optim.")]
+    a, b = io.read_full(old, names), io.read_full(new, names)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-6, atol=1e-20) for name in names)
+
+
+def test_torchrun_does_not_restart_what_was_stopped(
+    tmp_path: Path, prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_MAX_RESTARTS": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    assert main(["train", "--config", str(write_config(tmp_path, prefix)), "train.stop_after=2"]) == 0
+
+
 def test_micro_batches_do_not_change_the_step(tmp_path: Path, prefix: Path) -> None:
     curves = []
     for size in (1, 2, 4):
@@ -114,9 +134,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_are_one_sentence(
-    name: str, tmp_path: Path, prefix: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusals_are_one_sentence(name: str, tmp_path: Path, prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides, expected = REFUSALS[name]
     config = write_config(tmp_path, prefix)
     assert main(["train", "--config", str(config), *overrides]) == 2
