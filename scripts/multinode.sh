@@ -17,6 +17,8 @@ static)
         --master-addr "$MASTER_ADDR" --master-port "$port")
     ;;
 c10d)
+    # torch's agents tell the address of a shared store once: a node that replaces a lost one would never hear it
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
     meet=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "${RDZV_ID:-megnorm}"
         --max-restarts "${MAX_RESTARTS:-3}")
     ;;

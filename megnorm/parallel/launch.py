@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. local: on its node. restart, max_restarts: torchrun's.
+    """This process among all. local: on its node.
     source: who started us ("torchrun", "slurm", "mpi", or "single").
 
     cores: CPU cores that are this rank's share of those it may run on.

@@ -83,7 +83,18 @@ def nodes(launcher: str, arguments: Sequence[str], **variables: str) -> list[sub
         one = {"RDZV": "c10d", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "1"}
         return [start("multinode.sh", arguments, **one, GPUS_PER_NODE="2", **variables)]
     meet = {"RDZV": launcher, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2"}
-    return [start("multinode.sh", arguments, **meet, NODE_RANK=str(node), **variables) for node in (0, 1)]
+    first = start("multinode.sh", arguments, **meet, NODE_RANK="0", **variables)
+    wait_for_port(int(meet["MASTER_PORT"]))  # with c10d on one machine, the node that comes first keeps the store
+    return [first, start("multinode.sh", arguments, **meet, NODE_RANK="1", **variables)]
+
+
+def wait_for_port(port: int, limit: float = 60.0) -> None:
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
 
 
 def run(launcher: str, config: RunConfig, *overrides: str, **variables: str) -> Ended:

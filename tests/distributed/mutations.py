@@ -117,7 +117,7 @@ def local_statistics(site: str) -> Mutation:
             init(self, spec, at, units, width, env)
             if at == site and self.axis.size > 1:
                 hits.append(at)
-                self.axis, self.share, self.n = Axis("none"), 1.0, self.held.count * width
+                self.axis, self.args = Axis("none"), replace(self.args, n=self.held.count * width, share=1.0)
 
         with mock.patch.object(norm.NormLayer, "__init__", broken):
             yield
@@ -137,7 +137,7 @@ def _heads_counted_by_each_replica() -> Iterator[None]:
 
     def broken(self: Any, *args: Any) -> None:
         init(self, *args)
-        self.share = 1.0
+        self.args = replace(self.args, share=1.0)
 
     with mock.patch.object(norm.NormLayer, "__init__", broken):
         yield

@@ -116,15 +116,45 @@ if n == 6 and not marker.exists():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("launcher", ("alone", "c10d"))
-def test_a_killed_rank_costs_a_restart(data: str, undisturbed: Any, tmp_path: Path, launcher: str) -> None:
-    """torchrun starts all ranks again, which must meet afresh in the store that the dead ones used."""
+@pytest.mark.parametrize(("launcher", "own_store"), (("alone", "0"), ("alone", "1"), ("c10d", "1")))
+def test_a_killed_rank_costs_a_restart(
+    data: str, undisturbed: Any, tmp_path: Path, launcher: str, own_store: str
+) -> None:
+    """torchrun starts all ranks again, which must meet afresh: in the agent's store that the dead ones used, or in one of
+    rank 0's."""
     plugin = launching.write_plugin(tmp_path / "hurt.py", KILL)
     config = tiny_run(data, tmp_path / "run", plugin=plugin)
-    ended = launching.run(launcher, config, MAX_RESTARTS="1")
+    ended = launching.run(launcher, config, MAX_RESTARTS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE=own_store)
     assert ended.code == 0, ended.text
     assert (tmp_path / "hurt.killed").exists()
     assert ended.text.count("continuing from") == 1 and "step 4, 32 samples consumed" in ended.text, ended.text
+    assert launching.curve(tmp_path / "run") == undisturbed
+
+
+LOSE = """\
+marker = path.with_suffix('.lost')
+if n == 6 and not marker.exists():
+    marker.touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+@pytest.mark.full
+def test_a_lost_node_is_replaced(data: str, undisturbed: Any, tmp_path: Path) -> None:
+    """A node dies with its agent and another takes its place: the agents then count different numbers of restarts."""
+    plugin = launching.write_plugin(tmp_path / "hurt.py", LOSE)
+    config = tiny_run(data, tmp_path / "run", plugin=plugin)
+    path = tiny.write_config(tmp_path / "run.yaml", config)
+    meet = {"RDZV": "c10d", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launching.free_port()), "NNODES": "2"}
+    begun = time.monotonic()
+    jobs = [launching.start("multinode.sh", [str(path)], **meet)]
+    launching.wait_for_port(int(meet["MASTER_PORT"]))
+    lost = launching.start("multinode.sh", [str(path)], **meet)
+    lost.communicate(timeout=launching.LIMIT)
+    assert lost.returncode == -signal.SIGKILL
+    jobs.append(launching.start("multinode.sh", [str(path)], **meet))
+    ended = launching.finish(jobs, begun)
+    assert ended.code == 0, ended.text
     assert launching.curve(tmp_path / "run") == undisturbed
 
 
@@ -264,3 +294,22 @@ def test_every_attempt_has_a_number_of_its_own() -> None:
         store.set(f"megnorm/5/rank{rank}", "dead")
     store.set("megnorm/5/confirmed", "dead,dead")  # all came, and died at once
     assert meet(store, 3) == [6] * 3
+
+
+def test_attempts_share_no_keys(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts of two ranks through the store of one torchrun agent: what the first left is not there for the second."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(agent.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    stores: list[Any] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, store, **kwargs: stores.append(store))
+    for _ in range(2):
+        ranks = [launch.World(rank, 2, rank, 2, "torchrun") for rank in (0, 1)]
+        threads = [threading.Thread(target=launch.init, args=(one, torch.device("cpu"), 10.0)) for one in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    first, also_first, second, also_second = stores
+    first.set("address of rank 1", "a dead one's")
+    assert also_first.check(["address of rank 1"])
+    assert not second.check(["address of rank 1"]) and not also_second.check(["address of rank 1"])
