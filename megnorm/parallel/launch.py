@@ -137,7 +137,7 @@ def init(where: World, device: torch.device, timeout: float) -> None:
     # With torchrun the store usually belongs to its agent, and outlives the ranks that it restarts.
     outlives = where.source == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timedelta(seconds=timeout)
-    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+    store: Store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=where.rank == 0 and not outlives,

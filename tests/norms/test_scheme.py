@@ -188,7 +188,7 @@ def test_warnings_where_the_literature_speaks_against_a_combination() -> None:
     assert warned("lns", depth_scaled=False) == warned("preln") == warned("hybridnorm") == []
 
 
-PLUGIN = '''
+PLUGIN = """
 from megnorm.norms.registry import register
 from megnorm.norms.scheme import FFN, Attention, Layer, Norm, Scheme
 
@@ -197,7 +197,7 @@ from megnorm.norms.scheme import FFN, Attention, Layer, Norm, Scheme
 def cubic(power: float = 0.5) -> Scheme:
     norm = Norm(scale=lambda d: d.index**-power)
     return Scheme("cubic", "none", "from a file", Layer(Attention(input=norm), FFN(input=norm)), final=Norm())
-'''
+"""
 
 
 def test_a_file_outside_the_package_brings_a_scheme(tmp_path: Path) -> None:

@@ -67,9 +67,7 @@ def normformer(
 
 
 @scheme(final=lambda placement="post", **o: placement == "pre")
-def deepnorm(
-    m: Model, x: Tensor, skip: float | None = None, placement: str = "post", **options: Any
-) -> Tensor:
+def deepnorm(m: Model, x: Tensor, skip: float | None = None, placement: str = "post", **options: Any) -> Tensor:
     a = (2 * m.L) ** 0.25 if skip is None else skip
     if placement == "pre":
         x = a * x + m.A(m.N("attention.input_norm", x))
