@@ -25,6 +25,13 @@ settings.register_profile("megnorm", deadline=None, derandomize=True, suppress_h
 settings.load_profile("megnorm")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, one of them runs all tests on ranks: a pool is worth its start only once."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(scope="session")
 def project() -> Path:
     """The root of the repository."""

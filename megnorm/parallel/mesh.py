@@ -3,6 +3,7 @@
 A mesh is passed as an argument; there is no global state. An axis of size 1 has no group and costs nothing.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import cast
 
@@ -63,8 +64,17 @@ def build_mesh(
     """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that)."""
     if tp * pp * dp == 1:
         return Mesh(device=device)
-    replicas = max(1, tp // kv_heads)
-    mesh = init_device_mesh(device.type, (pp, dp, tp // replicas, replicas), mesh_dim_names=("pp", "dp", "head", "kv"))
+    axes = _axes(dist.group.WORLD, tp, pp, dp, max(1, tp // kv_heads), device.type)
+    return Mesh(*axes, device, sequence_parallel and tp > 1, keep_gathered)
+
+
+@functools.cache
+def _axes(
+    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, replicas: int, device_type: str
+) -> tuple[Axis, Axis, Axis, Axis]:
+    """The axes pp, dp, tp, kv over the ranks of ``everyone``. Groups cost threads: the same layout is made once."""
+    names = ("pp", "dp", "head", "kv")
+    mesh = init_device_mesh(device_type, (pp, dp, tp // replicas, replicas), mesh_dim_names=names)
     flat = mesh["head", "kv"]._flatten("tp")
 
     def axis(name: str, source: DeviceMesh) -> Axis:
@@ -72,12 +82,4 @@ def build_mesh(
         size = dist.get_world_size(group)
         return Axis(name, size, dist.get_rank(group), group if size > 1 else None)
 
-    return Mesh(
-        axis("pp", mesh["pp"]),
-        axis("dp", mesh["dp"]),
-        axis("tp", flat),
-        axis("kv", mesh["kv"]),
-        device,
-        sequence_parallel and tp > 1,
-        keep_gathered,
-    )
+    return axis("pp", mesh["pp"]), axis("dp", mesh["dp"]), axis("tp", flat), axis("kv", mesh["kv"])
