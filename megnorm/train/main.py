@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,12 +61,13 @@ def run_train(args: argparse.Namespace) -> int:
             print(f"megnorm train: rank {where.rank} failed:", file=sys.stderr)
             traceback.print_exc()
             return 1
-        # One sentence, not a trace: the message is written for the person who can mend it. Every rank sees the same.
+        # One sentence, not a trace: the message is written for the person who can mend it. What every rank finds alike
+        # rank 0 says; the others leave after it, because launchers kill the rest when the first rank has gone.
         if where.rank == 0 or not isinstance(error, PlanError | configs.ConfigError):
-            print(
-                f"megnorm train: rank {where.rank}: {error}" if where.size > 1 else f"megnorm train: {error}",
-                file=sys.stderr,
-            )
+            who = f"rank {where.rank}: " if where.size > 1 else ""
+            print(f"megnorm train: {who}{error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1.0)
         return 1 if isinstance(error, DivergedError) else 2
     except Exception:
         print(f"megnorm train: rank {where.rank} failed:", file=sys.stderr)
