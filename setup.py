@@ -14,7 +14,7 @@ TENSORBOARD = ["tensorboard>=2.16"]
 ZSTD = ["zstandard>=0.22"]
 DATA = ["pyarrow>=15.0", "sentencepiece>=0.2", "tiktoken>=0.7"] + ZSTD  # files and tokenizers met in the wild
 MPI = ["mpi4py>=4.0"]  # brings no MPI of its own: the system's, or `pip install mpich`
-DEV = ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.8"]
+DEV = ["hypothesis>=6.100", "mypy>=1.13", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.8"]
 
 setup(
     name="megnorm",
