@@ -39,7 +39,7 @@ class SubLayer(nn.Module):
         self.dropout = Dropout(dropout, env, local=env.mesh.sequence_parallel)
 
     def body(self, u: Tensor, context: Context) -> Tensor:
-        """The branch F: [s, b, d] -> [s, b, d]."""
+        """The branch F: [s, b, d] -> [s, b, d]. Abstract: every kind of sub-layer has its own."""
         raise NotImplementedError
 
     def forward(self, stream: Tensor, context: Context, *, layer_input: Tensor, read: Tensor | None = None) -> Tensor:

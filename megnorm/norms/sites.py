@@ -24,7 +24,8 @@ class Placement:
     """weight: held "whole" by every rank or "split" with the tensor. statistics: "local" or summed over "tp".
 
     grad_sum: "tp" (partial on every rank), "sp" (partial with sequence parallelism), "kv" (partial on the replicas of a
-    key/value head) or None.
+    key/value head) or None. A split weight is summed over "kv" just where
+    several ranks hold its head, which the layer sees from its own slice (a gain per head likewise).
     """
 
     weight: Literal["whole", "split"]

@@ -134,11 +134,11 @@ class Family:
         return None
 
     def refuse(self, model: ModelConfig, resolved: Resolved) -> str | None:
-        """Anything else of this class."""
+        """Anything else of this class. Abstract."""
         raise NotImplementedError
 
     def config(self, model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
-        """Fields of config.json."""
+        """Fields of config.json. Abstract."""
         raise NotImplementedError
 
     def transform(self, state: State, model: ModelConfig) -> State:
