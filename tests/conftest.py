@@ -1,7 +1,15 @@
-"""What every test may rely on: one thread, no network, the shared material, real gloo ranks."""
+"""What every test may rely on: one thread, no network, the shared material, real gloo ranks, a code cache of its own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+# Exported folders bring code, which transformers copies into a cache and imports from there. The package of that cache is
+# bound to one folder at its first import, in whichever test that happens: the folder must be chosen before any.
+_code = tempfile.mkdtemp(prefix="megnorm-code-")
+atexit.register(shutil.rmtree, _code, ignore_errors=True)
+os.environ["HF_MODULES_CACHE"] = _code
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

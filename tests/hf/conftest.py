@@ -1,5 +1,6 @@
-"""Exports load their code through a cache of their own, and without progress bars."""
+"""Exports are loaded without progress bars, and their code lies in the cache that tests/conftest.py made."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,12 +8,8 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from transformers import dynamic_module_utils
+def code_cache() -> Iterator[Path]:
     from transformers.utils import logging
 
-    folder = tmp_path_factory.mktemp("modules")
     logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        yield folder
+    yield Path(os.environ["HF_MODULES_CACHE"])
