@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megnorm.layers.attention import attention_mask
-from megnorm.layers.block import Block
+from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.embedding import Embedding, Head, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
@@ -38,7 +38,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.cfg, self.env = cfg, env
         self.embed = Embedding(cfg, resolved.embedding, padded_vocab, env)
-        self.blocks = nn.ModuleDict({str(i): Block(layer, cfg, env) for i, layer in enumerate(resolved.layers)})
+        self.blocks = nn.ModuleDict({str(i): Block(layer, cfg, env, i) for i, layer in enumerate(resolved.layers)})
         self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
         self.head = Head(cfg, padded_vocab, env, self.embed.token.weight if cfg.tied_head else None)
 
@@ -52,9 +52,7 @@ class CausalLM(nn.Module):
         if self.cfg.positions == "rotary":
             rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
         context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
-        for block in self.blocks.values():
-            x = block(x, context)
-        return self.final_norm(x)
+        return self.final_norm(run_blocks(list(self.blocks.values()), x, context, self.env))
 
     def forward(self, batch: Tokens) -> Tensor:
         """Sum of the masked token losses, a scalar in fp32 (fp64 for fp64)."""

@@ -10,6 +10,7 @@ from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
+from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
 from megnorm.models.causal import CausalLM, build_model
 from megnorm.optim.loss_scale import LossScale
@@ -105,10 +106,11 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
 
 
 def build_trained_model(plan: Plan, mesh: Mesh) -> tuple[CausalLM, DropoutRng]:
-    """The model with its initial weights, in fp32 (fp64 for fp64), and the random streams of its dropout."""
+    """The model with its initial weights, in fp32 (fp64 for fp64), and the place of its dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
-    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute)
+    recompute = Recompute(config.train.recompute, config.train.recompute_blocks)
+    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute, recompute)
     multiple = config.parallel.vocab_multiple
     model = build_model(config.model, env, seed=config.train.seed, resolved=plan.resolved, vocab_multiple=multiple)
     return model, rng

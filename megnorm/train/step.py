@@ -52,7 +52,7 @@ def train_step(run: Run) -> StepResult:
     run.buffer.zero()
     total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
     for i, part in enumerate(micro_batches(batch, config.train, run.mesh.device)):
-        run.rng.start(config.train.seed, step, i, run.mesh.dp.rank, run.mesh.pp.rank, tp_rank=run.mesh.tp.rank)
+        run.rng.begin(config.train.seed, step, i, run.mesh.dp.rank, run.mesh.tp.rank)
         loss = run.model(part) / tokens
         (loss * run.scale.scale).backward()
         total += loss.detach()
