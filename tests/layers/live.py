@@ -3,6 +3,7 @@
 Shares nothing with the code under test: it sees neither graphs nor saved tensors, only which storages still exist.
 """
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -34,3 +35,11 @@ class live(TorchDispatchMode):
 
     def bytes(self) -> int:
         return sum(size for storage, size in self._made.values() if not storage.expired())
+
+    def settled(self, samples: int = 20) -> int:
+        """bytes() when it has not changed for 0.2 seconds: gloo's threads let go of a message's tensors when they like."""
+        seen: list[int] = []
+        while len(seen) < samples or len(set(seen[-samples:])) > 1:
+            time.sleep(0.01)
+            seen.append(self.bytes())
+        return seen[-1]
