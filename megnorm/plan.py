@@ -43,6 +43,7 @@ class Plan:
     sequence_parallel: bool
     padded_vocab: int
     micro_batches: int
+    stages: tuple[tuple[int, int], ...]
     parameters: int
     parameters_by_role: dict[str, int]
     warnings: tuple[str, ...]
@@ -82,10 +83,17 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         sequence_parallel,
         padded_vocabulary(config.model.vocab_size, parallel.vocab_multiple, parallel.tp),
         config.train.global_batch // (dp * config.train.micro_batch),
+        _stages(config),
         sum(by_role.values()),
         by_role,
         tuple(warnings_for(scheme_of(config.model.norm), depth_scaled=config.model.init.depth_scaled)),
     )
+
+
+def _stages(config):
+    n = config.parallel.pp * config.parallel.virtual_stages
+    layers = config.model.layers
+    return tuple((i * layers // n, (i + 1) * layers // n) for i in range(n))
 
 
 def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
@@ -178,14 +186,13 @@ def _check_optim(config: RunConfig) -> None:
 
 def _check_layout(config: RunConfig, world: int) -> int:
     parallel, m = config.parallel, config.model
-    if parallel.pp != 1:
-        raise PlanError(f"parallel.pp={parallel.pp}: pipeline stages are not supported yet; use parallel.pp=1")
-    tp = parallel.tp
+    tp = parallel.tp * parallel.pp
     if tp < 1 or world % tp:
         raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {_near(world, max(tp, 1))}")
     dp = world // tp if parallel.dp is None else parallel.dp
     if dp * tp != world:
         raise PlanError(f"parallel.tp={tp} x dp={dp} needs {tp * dp} ranks, but {world} were started")
+    tp = parallel.tp
     if m.heads % tp:
         raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {_divisors(m.heads)}")
     if m.kv % tp and tp % m.kv:
