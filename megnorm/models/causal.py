@@ -51,7 +51,7 @@ class CausalLM(nn.Module):
             token = self.embed.token
         elif self.last and cfg.tied_head:
             token = TokenEmbedding(cfg, padded_vocab, env, shared=True, copy=True)
-            self.embed = nn.ModuleDict({"token": token})
+            self.add_module("embed", nn.ModuleDict({"token": token}))  # under the name of the first stage's
         self.blocks = nn.ModuleDict({str(i): Block(resolved.layers[i], cfg, env) for i in range(begin, end)})
         if self.last:
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)

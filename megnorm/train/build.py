@@ -35,11 +35,12 @@ class Samples(Protocol):
 class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
-    pipeline: the stages of this rank. flat: their weights and gradients, and the pieces of them that it updates.
+    stages: of this rank, by global index. pipeline: runs them. flat: their weights and gradients, and the pieces of them that it updates.
     """
 
     plan: Plan
     mesh: Mesh
+    stages: dict[int, CausalLM]
     pipeline: Pipeline
     rng: DropoutRng
     flat: DataParallel
@@ -70,6 +71,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
     return Run(
         plan,
         mesh,
+        stages,
         Pipeline(stages, mesh),
         rng,
         flat,

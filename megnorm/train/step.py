@@ -103,8 +103,7 @@ def evaluate(run: Run) -> float:
         parts = list(micro_batches(batch, t, mesh.device))
         schedule = forward_only(config.parallel.pp, config.parallel.virtual_stages, len(parts))
         loss = run.pipeline.run(schedule, parts)
-        tokens = sum(part.loss_mask.sum(dtype=torch.float64) for part in parts)
-        sums += torch.stack([all_reduce(loss, mesh.pp), tokens])
+        sums += torch.stack([all_reduce(loss, mesh.pp), batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))
 
@@ -115,7 +114,7 @@ def _schedule(parallel: ParallelConfig, micro_batches: int) -> Schedule:
 
 
 def set_training(run: Run, mode: bool) -> None:
-    for stage in run.pipeline.stages.values():
+    for stage in run.stages.values():
         stage.train(mode)
 
 
