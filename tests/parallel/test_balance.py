@@ -3,7 +3,7 @@
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megnorm.parallel.balance import Ranges, split, stage_costs, unit_costs
@@ -15,6 +15,7 @@ def all_splits(layers: int, stages: int) -> list[Ranges]:
     return [tuple(pairwise((0, *cuts, layers))) for cuts in combinations(range(1, layers), stages - 1)]
 
 
+@settings(max_examples=500)
 @given(COSTS, st.integers(0, 30), st.integers(0, 60), st.data())
 def test_the_dearest_stage_costs_least_and_ties_are_even_then_small_at_first(
     blocks: list[int], embedding: int, head: int, data: st.DataObject
