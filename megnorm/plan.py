@@ -1,6 +1,7 @@
 """Look before launch: what a config means on a number of ranks, checked, without torch and without starting anything."""
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -26,7 +27,7 @@ LEAST: dict[str, dict[str, int]] = {
     "train": dict.fromkeys(
         ("steps", "sequence_length", "global_batch", "micro_batch", "log_every", "threads", "stop_after"), 1
     )
-    | dict.fromkeys(("eval_every", "eval_batches"), 0),
+    | {"eval_every": 0, "eval_batches": 0, "recompute_blocks": 1},
 }
 POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
@@ -80,6 +81,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     for section in ("parallel", "optim", "train"):
         _check_ranges(config, section)
     _check_optim(config)
+    _check_recompute(config)
     schedule.check(config.optim, config.train.steps)
     if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
         raise PlanError(
@@ -105,7 +107,10 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         stages,
         sum(by_role.values()),
         by_role,
-        tuple(warnings_for(scheme_of(config.model.norm), depth_scaled=config.model.init.depth_scaled)),
+        (
+            *warnings_for(scheme_of(config.model.norm), depth_scaled=config.model.init.depth_scaled),
+            *_recompute_warnings(config, sequence_parallel),
+        ),
     )
 
 
@@ -195,6 +200,31 @@ def _check_optim(config: RunConfig) -> None:
                 raise PlanError(f"optim.{name}.{role} is {factor}; a factor is not negative")
     if t.eval_every and not t.eval_batches:
         raise PlanError("train.eval_every asks for evaluation, but train.eval_batches is 0; set one of them otherwise")
+
+
+def _check_recompute(config: RunConfig) -> None:
+    t, layers = config.train, config.model.layers
+    others = [mode for mode in t.recompute if mode != "block"]
+    if "block" in t.recompute and others:
+        raise PlanError(
+            f"train.recompute: 'block' computes the whole block again, {others[0]} included; use ['block'] alone, or drop it"
+        )
+    if t.recompute_blocks is not None and not t.recompute:
+        raise PlanError(
+            f"train.recompute_blocks={t.recompute_blocks}, but train.recompute is empty; say there what is recomputed"
+        )
+    if t.recompute_blocks is not None and t.recompute_blocks > layers:
+        raise PlanError(
+            f"train.recompute_blocks={t.recompute_blocks} is more than model.layers={layers}; leave it out for all blocks"
+        )
+
+
+def _recompute_warnings(config: RunConfig, sequence_parallel: bool) -> Iterator[str]:
+    if sequence_parallel and config.parallel.keep_gathered and "norms" in config.train.recompute:
+        yield (
+            "parallel.keep_gathered keeps what linear layers gather, so train.recompute 'norms' frees no memory before "
+            "them; set parallel.keep_gathered=false"
+        )
 
 
 def _check_layout(config: RunConfig, world: int) -> int:

@@ -24,11 +24,6 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     dp: int | None = None
-    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    virtual_stages: int = 1
-    stage_layers: tuple[int, ...] | None = None
-    zero: Literal[0, 1] = 1
-    bucket_mb: float = 40.0
     sequence_parallel: bool | None = None
     keep_gathered: bool = False
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"

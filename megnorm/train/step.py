@@ -55,8 +55,7 @@ def train_step(run: Run) -> StepResult:
     set_training(run, True)
 
     def before(action: Action, final: bool) -> None:
-        place = (step, action.micro_batch, run.mesh.dp.rank, action.stage)
-        run.rng.start(config.train.seed, *place, tp_rank=run.mesh.tp.rank)
+        run.rng.begin(config.train.seed, step, action.micro_batch, run.mesh.dp.rank, run.mesh.tp.rank)
         if final:
             run.flat.expect(action.stage)
 
