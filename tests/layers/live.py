@@ -3,6 +3,7 @@
 Shares nothing with the code under test: it sees neither graphs nor saved tensors, only which storages still exist.
 """
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -33,4 +34,9 @@ class live(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        return sum(size for storage, size in self._made.values() if not storage.expired())
+        """The least of a few looks: gloo's threads let go of a message a moment after its collective is done."""
+        looks = []
+        for _ in range(5):
+            looks.append(sum(size for storage, size in self._made.values() if not storage.expired()))
+            time.sleep(0.02)
+        return min(looks)
