@@ -73,7 +73,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         Pipeline(stages, mesh),
         rng,
         flat,
-        Optimizer(flat.pieces, config.optim),
+        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard),
         LossScale(config.optim.loss_scale if config.train.precision == "fp16" else 1.0, config.optim.loss_scale_window),
         Observer(
             list(stages.values()),
