@@ -144,6 +144,6 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None) ->
         sequence_length=t.sequence_length,
         seed=t.seed,
         vocab_size=config.model.vocab_size,
-        samples=(t.steps if split == "train" else t.eval_batches) * t.global_batch,
+        samples=t.consumed_after(t.steps) if split == "train" else t.eval_batches * t.global_batch,
         state=state,
     )
