@@ -4,6 +4,7 @@ Activations are [s, b, ...]; with sequence parallelism dimension 0 is split over
 collectives below.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +61,16 @@ def start_all_gather(x: Tensor, own: int, axis: Axis) -> dist.Work:
     part = x[own : own + x.shape[0] // axis.size].clone()
     work: dist.Work = _all_gather(x, part, group=axis.group, async_op=True)
     return work
+
+
+def start_all_to_all(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis
+) -> tuple[Tensor, dist.Work | None]:
+    """Begin to hand out x, of which ``sent[r]`` elements go to rank r: what arrives, in rank order, and the work."""
+    if axis.size == 1:
+        return x, None
+    out = x.new_empty(sum(received))
+    return out, dist.all_to_all_single(out, x, list(received), list(sent), group=axis.group, async_op=True)
 
 
 def gather_objects(value: T, axis: Axis) -> list[T]:

@@ -77,7 +77,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         Pipeline(stages, mesh),
         rng,
         flat,
-        Optimizer(flat.pieces, config.optim),
+        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard),
         LossScale(config.optim.loss_scale if config.train.precision == "fp16" else 1.0, config.optim.loss_scale_window),
         Observer(
             list(stages.values()),
@@ -149,6 +149,6 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None) ->
         sequence_length=t.sequence_length,
         seed=t.seed,
         vocab_size=config.model.vocab_size,
-        samples=(t.steps if split == "train" else t.eval_batches) * t.global_batch,
+        samples=t.consumed_after(t.steps) if split == "train" else t.eval_batches * t.global_batch,
         state=state,
     )

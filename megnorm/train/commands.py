@@ -39,6 +39,10 @@ def run_plan(args: argparse.Namespace) -> int:
 def describe(plan: Plan) -> str:
     """The plan as text: layout, parameters by role, stages of a pipeline."""
     m, config = plan.config.model, plan.config
+    t, ramp = config.train, config.train.batch_ramp
+    climb = (
+        f", batches from {ramp.start} by {ramp.increment} over the first {ramp.samples} samples" if ramp.start else ""
+    )
     lines = [
         f"scheme          {plan.resolved.scheme}, {m.norm.kind}",
         f"model           {m.layers} layers, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
@@ -50,7 +54,7 @@ def describe(plan: Plan) -> str:
         + (", sequence parallel" if plan.sequence_parallel else ""),
         f"step            {config.train.global_batch} sequences of {config.train.sequence_length}: {plan.tokens_per_step:,} "
         f"tokens in {plan.micro_batches} micro-batches a rank, {config.train.precision}",
-        f"run             {config.train.steps} steps, {plan.tokens_per_step * config.train.steps:,} tokens",
+        f"run             {t.steps} steps, {t.consumed_after(t.steps) * t.sequence_length:,} tokens{climb}",
         f"folder          {config.train.out}",
         f"Hugging Face    {native_target(plan)}",
     ]

@@ -25,12 +25,13 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's tokens, in nats. tokens: that had a loss. grad_norm: before clipping.
+    """loss: mean over the step's tokens, in nats. sequences: of the step, over all ranks. tokens: that had a loss.
 
-    skipped: fp16 overflowed and the update was left out. probes: by name, on probed steps.
+    grad_norm: before clipping. skipped: fp16 overflowed and the update was left out. probes: by name, on probed steps.
     """
 
     loss: float
+    sequences: int
     tokens: int
     grad_norm: float
     lr: float
@@ -48,7 +49,8 @@ def train_step(run: Run) -> StepResult:
     begin = time.perf_counter()
     config, step = run.plan.config, run.step + 1
     run.observer.begin(step)
-    batch = _own_rows(run, run.train_data, run.consumed)
+    sequences = config.train.batch_at(run.consumed)
+    batch = _own_rows(run, run.train_data, run.consumed, sequences)
     tokens = _global_tokens(run, batch)
     parts = list(micro_batches(batch, config.train, run.mesh.device))
     run.flat.zero()
@@ -82,11 +84,11 @@ def train_step(run: Run) -> StepResult:
         )
     if config.train.precision == "fp16":
         run.scale.update(finite)
-    run.step, run.consumed = step, run.consumed + config.train.global_batch
+    run.step, run.consumed = step, run.consumed + sequences
     if run.observer.active:
         run.flat.wait_weights()
     probes = run.observer.collect()
-    return StepResult(float(total), tokens, norm, lr, time.perf_counter() - begin, not finite, probes)
+    return StepResult(float(total), sequences, tokens, norm, lr, time.perf_counter() - begin, not finite, probes)
 
 
 @torch.no_grad()
@@ -98,7 +100,7 @@ def evaluate(run: Run) -> float:
     set_training(run, False)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for i in range(t.eval_batches):
-        batch = _own_rows(run, run.valid_data, i * t.global_batch)
+        batch = _own_rows(run, run.valid_data, i * t.global_batch, t.global_batch)
         parts = list(micro_batches(batch, t, mesh.device))
         schedule = forward_only(config.parallel.pp, config.parallel.virtual_stages, len(parts))
         loss = run.pipeline.run(schedule, parts)
@@ -133,10 +135,10 @@ def micro_batches(batch: Batch, train: TrainConfig, device: torch.device) -> Ite
         yield Tokens(tokens, labels, mask, positions, tuple(inside.diff(prepend=inside.new_tensor([first])).tolist()))
 
 
-def _own_rows(run: Run, data: Samples, first_sample: int) -> Batch:
-    """This rank's rows of a global batch; padding is never a label that counts."""
+def _own_rows(run: Run, data: Samples, first_sample: int, sequences: int) -> Batch:
+    """This rank's rows of a global batch of ``sequences``; padding is never a label that counts."""
     config, dp = run.plan.config, run.mesh.dp
-    batch = data.batch(first_sample, config.train.global_batch, dp.rank, dp.size)
+    batch = data.batch(first_sample, sequences, dp.rank, dp.size)
     if config.model.padding_id is None:
         return batch
     return replace(batch, loss_mask=batch.loss_mask * (batch.labels != config.model.padding_id))
