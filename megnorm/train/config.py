@@ -1,7 +1,29 @@
 """Options of a run: length, batch, precision, what happens when."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """Small batches first: ``start`` sequences a step, then by ``increment`` more, up to global_batch.
+
+    The first ``samples`` sequences of the run are shared evenly among the sizes below global_batch (Megatron's
+    --rampup-batch-size start increment samples). start None: no ramp. Learning rates keep following steps.
+    """
+
+    start: int | None = None
+    increment: int | None = None
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        values = {"start": self.start, "increment": self.increment, "samples": self.samples}
+        missing = [name for name, value in values.items() if value is None]
+        if missing and len(missing) < len(values):
+            raise ValueError(f"train.batch_ramp.{missing[0]} is missing; a ramp needs start, increment and samples")
+        for name, value in values.items():
+            if value is not None and value < 1:
+                raise ValueError(f"train.batch_ramp.{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -9,6 +31,7 @@ class TrainConfig:
     """out: folder of the run. steps: optimizer steps in all.
 
     global_batch: sequences a step, over all ranks and micro-batches; micro_batch: sequences a rank computes at a time.
+    batch_ramp: fewer sequences a step in the beginning.
     eval_batches: batches of global_batch in one evaluation; eval_every 0: only at the end. log_every: steps between
     records. threads: CPU threads a rank; None: the node's cores shared among its ranks. seed: of weights, data order
     and dropout. stop_after: leave after this many steps of this start (for time-limited queues); None: run to the end.
@@ -23,6 +46,7 @@ class TrainConfig:
     sequence_length: int = 1024
     global_batch: int = 64
     micro_batch: int = 8
+    batch_ramp: BatchRamp = field(default_factory=BatchRamp)
     seed: int = 1234
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     eval_every: int = 0
@@ -32,3 +56,17 @@ class TrainConfig:
     stop_after: int | None = None
     recompute: tuple[Literal["block", "attention", "norms", "activations", "projections"], ...] = ()
     recompute_blocks: int | None = None
+
+    def batch_at(self, consumed: int) -> int:
+        """Sequences of the step that begins when ``consumed`` samples are used."""
+        start, increment, samples = self.batch_ramp.start, self.batch_ramp.increment, self.batch_ramp.samples
+        if start is None or increment is None or samples is None or consumed >= samples:
+            return self.global_batch
+        sizes = (self.global_batch - start) // increment  # below global_batch
+        return start + increment * (consumed * sizes // samples)
+
+    def consumed_after(self, steps: int, consumed: int = 0) -> int:
+        """Samples used once ``steps`` more steps are done, beginning at ``consumed``."""
+        while steps and self.batch_at(consumed) != self.global_batch:
+            consumed, steps = consumed + self.batch_at(consumed), steps - 1
+        return consumed + steps * self.global_batch

@@ -59,21 +59,22 @@ class Pace:
         self.restart()
 
     def restart(self) -> None:
-        self.begin, self.steps = time.perf_counter(), 0
+        self.begin, self.sequences = time.perf_counter(), 0
 
     def add(self, result: StepResult) -> None:
-        self.steps += 1
+        self.sequences += result.sequences
 
     def values(self, result: StepResult) -> dict[str, float]:
         """The record of a step; starts the next interval."""
         seconds = time.perf_counter() - self.begin
-        rate = self.steps * self.run.plan.tokens_per_step / seconds
+        t = self.run.plan.config.train
+        rate = self.sequences * t.sequence_length / seconds
         self.restart()
         return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens": self.run.consumed * self.run.plan.config.train.sequence_length,
+            "tokens": self.run.consumed * t.sequence_length,
             "tokens_per_second": rate,
             "mfu": mfu(rate, self.flops, self.peak),
             **(
@@ -81,5 +82,6 @@ class Pace:
                 if self.run.scale.scale != 1.0
                 else {}
             ),
+            **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * t.sequence_length}),
             **result.probes,
         }

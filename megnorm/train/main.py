@@ -129,6 +129,12 @@ def _fit(run: Run, where: launch.World) -> int:
 
 def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | None) -> Resolved:
     """The scheme of the run that goes on, in the numbers it began with. Raises PlanError if the model is another."""
+    name = record["config"]["optim"].get("name", "adamw")
+    if name != config.optim.name:
+        raise PlanError(
+            f"optim.name is {config.optim.name}, but {found} holds the state of {name}; keep it, or begin a new train.out "
+            "with checkpoint.init_from"
+        )
     before, now = record["config"]["model"], configs.to_dict(config)["model"]
     for model in (before, now):  # where a plug-in lies is no part of the model: its numbers are in the checkpoint
         model["norm"] = {**model["norm"], "plugins": []}
@@ -153,7 +159,7 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
         plan.config.parallel.tp,
         plan.dp,
         plan.micro_batches,
-        f"{plan.tokens_per_step} tokens a step",
+        _tokens_a_step(plan),
     )
     served = sorted({f"{choice.need.op}: {choice.backend}" for choice in registry.report()})
     log.info("kernels: %s", ", ".join(served))
@@ -161,6 +167,12 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
         log.warning("warning: %s", warning)
     if found is not None:
         log.info("continuing from %s: step %d, %d samples consumed", found, run.step, run.consumed)
+
+
+def _tokens_a_step(plan: Plan) -> str:
+    t = plan.config.train
+    first = "" if t.batch_ramp.start is None else f"{t.batch_ramp.start * t.sequence_length} to "
+    return f"{first}{plan.tokens_per_step} tokens a step"
 
 
 def _describe() -> str:
