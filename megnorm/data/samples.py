@@ -70,11 +70,25 @@ def split_tokens(data: IndexedDataset, fractions: tuple[float, float]) -> tuple[
     return border(fractions[0]), border(fractions[1])
 
 
+def too_few(path: str, split: str, tokens: int, length: int) -> DataError:
+    """The refusal of a split that holds not even one sample of ``length`` tokens and the next one."""
+    remedy = "change data.split, use more data or shorter sequences"
+    remedy += ", or set train.eval_batches=0 to train without evaluation" if split == "valid" else ""
+    return DataError(
+        f"{path}: its {split} part has {tokens} tokens, one sample of train.sequence_length={length} needs {length + 1}: "
+        f"{remedy}."
+    )
+
+
 @dataclass(frozen=True)
 class Source:
-    """One file's part in a split. start, tokens: elements of .bin; length: L; samples: full samples in an epoch."""
+    """One file's part in a split. start, tokens: elements of .bin; length: L; samples: full samples in an epoch.
+
+    identity: of the content, so that a run goes on with the same samples when its data have moved.
+    """
 
     path: str
+    identity: str
     data: IndexedDataset
     start: int
     tokens: int
@@ -91,7 +105,7 @@ class Source:
         out = np.empty_like(draws)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            secret = key(self.seed, self.path, int(epoch))
+            secret = key(self.seed, self.identity, int(epoch))
             shift = secret % (self.tokens - self.samples * self.length)
             out[chosen] = self.start + shift + permute(within[chosen], self.samples, secret) * self.length
         return out
@@ -169,8 +183,15 @@ class DefaultOrder:
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [len(ids), L + 1]."""
         out = np.empty((len(ids), self.length + 1), np.int64)
-        for row, (source, start) in enumerate(zip(*self.places(ids), strict=True)):
-            out[row] = self.sources[source].data.read(int(start), self.length + 1)
+        source, start = self.places(ids)
+        wanted: dict[int, list[int]] = {}
+        for row, number in enumerate(source):
+            wanted.setdefault(number, []).append(row)
+        for number, mine in wanted.items():
+            starts = [start[row] for row in mine]
+            found = self.sources[number].data.read_many(starts, [self.length + 1] * len(mine))
+            for row, tokens in zip(mine, found, strict=True):
+                out[row] = tokens
         return out
 
     def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -195,23 +216,39 @@ class DefaultOrder:
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint keeps: enough to go on with the same mixture, or another one."""
-        paths = [source.path for source in self.sources]
-        return {
-            "order": "default",
-            "sequence_length": self.length,
-            "shares": dict(zip(paths, self.mixture.parts.tolist(), strict=True)),
-            "start": self.mixture.start,
-            "counts": dict(zip(paths, self.mixture.counts.tolist(), strict=True)),
-            "samples": consumed,
-            "consumed": dict(zip(paths, self.mixture.consumed(consumed), strict=True)),
-        }
+        mixture = self.mixture
+        columns = (mixture.parts.tolist(), mixture.counts.tolist(), mixture.consumed(consumed))
+        sources = [
+            {"path": s.path, "identity": s.identity, "start": s.start, "tokens": s.tokens}
+            | {"share": share, "count": count, "consumed": used}
+            for s, share, count, used in zip(self.sources, *columns, strict=True)
+        ]
+        return {"samples": consumed, "start": mixture.start, "sources": sources}
 
 
-def resume_mixture(parts: Sequence[int], paths: Sequence[str], state: Mapping[str, Any] | None) -> Mixture:
+def resume_mixture(parts: Sequence[int], sources: Sequence[Source], state: Mapping[str, Any] | None) -> Mixture:
     """The mixture of a run that goes on: the old one where nothing changed, else a new one from the point reached, in
     which every source goes on where it stood."""
     if state is None:
         return Mixture(parts)
-    if state["shares"] == dict(zip(paths, parts, strict=True)):
-        return Mixture(parts, state["start"], [state["counts"][path] for path in paths])
-    return Mixture(parts, state["samples"], [state["consumed"].get(path, 0) for path in paths])
+    known = {entry["identity"]: entry for entry in state["sources"]}
+    held = {entry["path"] for entry in state["sources"]}
+    for source in sources:
+        before = known.get(source.identity)
+        if before is None and source.path in held:
+            raise DataError(
+                f"{source.path}: holds other data than when the checkpoint was written: put those back, or give the new "
+                "data a name of their own."
+            )
+        if before is not None and (before["start"], before["tokens"]) != (source.start, source.tokens):
+            raise DataError(
+                f"{source.path}: tokens {before['start']} to {before['start'] + before['tokens']} were read before the "
+                f"checkpoint, now {source.start} to {source.start + source.tokens}: keep data.split, or start a new run "
+                "from the weights alone (checkpoint.init_from)."
+            )
+    if [(e["identity"], e["share"]) for e in state["sources"]] == [
+        (s.identity, p) for s, p in zip(sources, parts, strict=True)
+    ]:
+        return Mixture(parts, state["start"], [entry["count"] for entry in state["sources"]])
+    used = [known[s.identity]["consumed"] if s.identity in known else 0 for s in sources]
+    return Mixture(parts, state["samples"], used)

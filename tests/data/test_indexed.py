@@ -38,7 +38,6 @@ def test_bytes_of_every_dtype(tmp_path: Path, code: int) -> None:
         data = IndexedDataset(tmp_path / "x", mapped=mapped)
         found = [[s.tolist() for s in data.document(i)] for i in range(data.document_count)]
         assert found == DOCUMENTS
-        data.close()
 
 
 @settings(max_examples=40)
