@@ -72,6 +72,13 @@ def run_preprocess(args: argparse.Namespace) -> int:
 def run_job(job: preprocess.Job) -> int:
     """Run a job and tell what was done; a failing rank ends all ranks."""
     ranks = Ranks.find()
+    if ranks.size > 1 and ranks.rank == 0:  # said before, because a launcher kills all ranks when one dies
+        print(
+            f"{ranks.size} ranks; should one be killed, {job.output} is not written, and the same command goes on where it "
+            "stopped.",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         report = preprocess.run(job)
     except BaseException as error:

@@ -243,8 +243,9 @@ class Loader:
 
 def _positions(borders: list[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
     """Positions [rows, length] that start again at every document."""
-    out = np.tile(np.arange(length, dtype=np.int64), (len(borders), 1))
+    begins = np.zeros((len(borders), length), np.int64)  # at each place, where its document begins
     for row, inside in enumerate(borders):
-        for begin in inside[inside < length]:
-            out[row, begin:] = np.arange(length - begin)
-    return out
+        inside = inside[inside < length]
+        begins[row, inside] = inside
+    positions: NDArray[np.int64] = np.arange(length) - np.maximum.accumulate(begins, axis=1)
+    return positions
