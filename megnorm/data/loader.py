@@ -15,7 +15,7 @@ from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError, require_same
 from megnorm.data.indexed import SCAN, IndexedDataset
 from megnorm.data.megatron_order import MegatronOrder
-from megnorm.data.samples import DefaultOrder, Source, key, resume_mixture, shares, split_tokens, too_few
+from megnorm.data.samples import DefaultOrder, Source, key, resume_order, shares, split_tokens, too_few
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tasks import fill_in_the_middle
 from megnorm.data.tokenizer import fingerprint
@@ -125,7 +125,7 @@ class Loader:
             sources.append(source)
         self._check_twice(sources)
         parts = shares(self._weights(sources), [source.path for source in sources])
-        return DefaultOrder(sources, resume_mixture(parts, sources, state))
+        return resume_order(parts, sources, state)
 
     @staticmethod
     def _check_twice(sources: list[Source]) -> None:

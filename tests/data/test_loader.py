@@ -207,6 +207,16 @@ def test_a_changed_mixture_goes_on_where_each_source_stood(tmp_path: Path) -> No
     assert torch.equal(again.batch(300, 40).tokens, after.batch(300, 40).tokens)
 
 
+def test_a_source_left_out_for_a_while_goes_on_where_it_stood(tmp_path: Path) -> None:
+    paths = (numbered(tmp_path / "a", 2000), numbered(tmp_path / "b", 2000, seed=1))
+    first = loader(paths, weights=(1, 1), split=(1, 0, 0)).state(30)
+    alone = loader(paths[0], split=(1, 0, 0), state=first).state(50)
+    both = loader(paths[::-1], weights=(1, 1), split=(1, 0, 0), state=json.loads(json.dumps(alone)))
+    assert both.order.mixture.consumed(50) == [15, 35] and both.state(50)["left"] == []
+    with pytest.raises(DataError, match="data.split"):
+        loader(paths, split=(0.5, 0.5, 0), state=alone)
+
+
 def test_turned_paths_go_on_where_each_source_stood(tmp_path: Path) -> None:
     paths = (numbered(tmp_path / "a", 2000), numbered(tmp_path / "b", 2000, seed=1))
     before = loader(paths, weights=(1, 1), split=(1, 0, 0))

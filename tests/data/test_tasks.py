@@ -155,6 +155,9 @@ def test_masked_rows_in_a_frame(words: tuple[str, str]) -> None:
         assert (tensor[0] == 2).all() and (tensor[-1] == 3).all()
     assert not batch.loss_mask[[0, -1]].any() and batch.loss_mask.sum() > 8
     assert torch.equal(batch.labels[1:-1], one.rows.batch(0, 8).tokens)
+    the = load(words[1]).token_id("the")
+    other = masked(words, token="the").batch(0, 8)
+    assert (other.labels == the).any() and not (other.labels == the)[other.loss_mask == 1].any()
     with pytest.raises(DataError, match="no token <nothing>"):
         masked(words, begin="<nothing>")
     with pytest.raises(DataError, match="begin or data.mask.end was 126"):
