@@ -29,6 +29,7 @@ LEAST: dict[str, dict[str, int]] = {
     )
     | {"eval_every": 0, "eval_batches": 0, "recompute_blocks": 1},
 }
+TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
 POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
 
@@ -83,6 +84,11 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     _check_optim(config)
     _check_recompute(config)
     schedule.check(config.optim, config.train.steps)
+    if config.data.task not in TASKS[config.model.family]:
+        raise PlanError(
+            f"data.task={config.data.task} is nothing that model.family={config.model.family} can be trained for; use "
+            f"{' or '.join(TASKS[config.model.family])}"
+        )
     if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
         raise PlanError(
             "model.padding_id counts positions of real tokens itself and cannot be joined with data.separate_documents or "

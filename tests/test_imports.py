@@ -43,7 +43,7 @@ TORCH_FREE = ("norms.", "config", "plan", "optim.schedule", "parallel.schedule",
 REQUIRED = {"matplotlib", "numpy", "pydantic", "pydantic_core", "safetensors", "tokenizers", "torch", "tqdm", "yaml"}
 # imported inside functions, or inside a `try`, so that megnorm works without them
 OPTIONAL = {
-    "apex", "flash_attn", "flash_attn_interface", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
+    "apex", "flash_attn", "flash_attn_interface", "fsspec", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
     "pyarrow", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
     "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 
 from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
+from megnorm.data.choose import open_split
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
@@ -140,15 +141,18 @@ def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParal
     )
 
 
-def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None) -> Loader:
-    """The loader of a split; state: of the checkpoint that the run continues."""
+def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Loader:
+    """The loader of a split; state: of the checkpoint that the run continues, after ``done`` steps."""
     config, t = plan.config, plan.config.train
-    return Loader(
+    used = 0 if state is None else state["samples"]
+    loader = open_split(
         config.data,
         split,
         sequence_length=t.sequence_length,
         seed=t.seed,
         vocab_size=config.model.vocab_size,
-        samples=t.consumed_after(t.steps) if split == "train" else t.eval_batches * t.global_batch,
+        samples=t.consumed_after(t.steps - done, used) if split == "train" else used + t.eval_batches * t.global_batch,
         state=state,
     )
+    assert isinstance(loader, Loader)  # the plan refuses a task that the model cannot use
+    return loader

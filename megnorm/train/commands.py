@@ -21,6 +21,7 @@ OPTIONAL = {
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
     "zstandard": ".zst input (megnorm[data])",
+    "fsspec": "token files in object stores (megnorm[remote])",
 }
 
 

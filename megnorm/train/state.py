@@ -61,7 +61,7 @@ def resume(run: Run, folder: Path) -> Path:
         run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
     run.optimizer.set_updates(run.updates)
     run.flat.publish()
-    run.train_data = open_data(run.plan, "train", record["data"])
+    run.train_data = open_data(run.plan, "train", record["data"], run.step)
     return path
 
 
