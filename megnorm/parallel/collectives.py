@@ -59,7 +59,8 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
 def start_all_gather(x: Tensor, own: int, axis: Axis) -> dist.Work:
     """Begin to fill x [n * size] with the parts of all ranks; this rank's part lies at ``own``."""
     part = x[own : own + x.shape[0] // axis.size].clone()
-    return _all_gather(x, part, group=axis.group, async_op=True)
+    work: dist.Work = _all_gather(x, part, group=axis.group, async_op=True)
+    return work
 
 
 def start_all_to_all(

@@ -12,7 +12,7 @@ forward pass, which waits for a bucket where it is first used (arXiv:1910.02054,
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,6 @@ from megnorm.parallel.layout import Named, Piece, layout_of, named_matrices, red
 from megnorm.parallel.mesh import Mesh
 
 ALIGN = 64  # elements: where a parameter may begin; a multiple of what any GEMM kernel asks for
-
-
-class Stage(Protocol):
-    """What this file asks of a stage beside being a module: the parts that forward calls in order."""
-
-    def units(self) -> Sequence[nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,7 @@ class DataParallel:
         self._next = 0
         if self.shard:
             for module in stages.values():
-                self._watch(module)  # type: ignore[arg-type]
+                self._watch(module)
 
     @staticmethod
     def _order(stages: Mapping[int, nn.Module]) -> tuple[list[nn.Parameter], dict[int, int]]:
@@ -170,7 +164,7 @@ class DataParallel:
             master = self._masters[self.buckets.index(bucket)]
             view = n.view()
             assert view.is_contiguous(), "a logical matrix lies in whole rows of its storage"
-            begin = start_of[id(n.param)] + view.storage_offset() - n.param.storage_offset()
+            begin = start_of[id(n.param)] + int(view.storage_offset()) - int(n.param.storage_offset())
             first, last = max(begin, bucket.own[0]), min(begin + view.numel(), bucket.own[1])
             if first < last:
                 yield Piece(

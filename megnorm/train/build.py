@@ -10,6 +10,7 @@ from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
+from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
 from megnorm.models.causal import CausalLM, build_model
 from megnorm.optim.loss_scale import LossScale
@@ -35,11 +36,13 @@ class Samples(Protocol):
 class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
-    pipeline: the stages of this rank. flat: their weights and gradients, and the pieces of them that it updates.
+    stages: of this rank, by global index. pipeline: runs them. flat: their weights and gradients, and the pieces of
+    them that it updates.
     """
 
     plan: Plan
     mesh: Mesh
+    stages: dict[int, CausalLM]
     pipeline: Pipeline
     rng: DropoutRng
     flat: DataParallel
@@ -70,6 +73,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
     return Run(
         plan,
         mesh,
+        stages,
         Pipeline(stages, mesh),
         rng,
         flat,
@@ -104,10 +108,11 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
 
 
 def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRng]:
-    """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and their dropout's streams."""
+    """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and the place of their dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
-    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute)
+    recompute = Recompute(config.train.recompute, config.train.recompute_blocks)
+    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute, recompute)
     stages = {
         index: build_model(
             config.model,

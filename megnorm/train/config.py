@@ -25,6 +25,29 @@ class BatchRamp:
             if value is not None and value < 1:
                 raise ValueError(f"train.batch_ramp.{name} is {value}; it must be at least 1")
 
+    def problem(self, whole: int, unit: int, what: str) -> str | None:
+        """What is wrong with a climb to ``whole`` sequences by multiples of ``unit``, which is made of ``what``; or None."""
+        if self.start is None or self.increment is None:
+            return None
+        if self.start >= whole:
+            return (
+                f"train.batch_ramp.start={self.start} is not below train.global_batch={whole}, to which it climbs; use a "
+                "smaller one, or train.batch_ramp=null"
+            )
+        for key, value in (("start", self.start), ("increment", self.increment)):
+            if value % unit:
+                near = sorted({value // unit * unit, -(-value // unit) * unit} - {0})
+                return f"train.batch_ramp.{key}={value} is not a multiple of {what}; use {' or '.join(map(str, near))}"
+        climb = whole - self.start
+        if climb % self.increment:
+            fitting = [n for n in range(unit, climb + 1, unit) if climb % n == 0]
+            near = [n for n in fitting if n < self.increment][-1:] + [n for n in fitting if n > self.increment][:1]
+            return (
+                f"train.batch_ramp.increment={self.increment} does not lead from start={self.start} to train.global_batch="
+                f"{whole}; use {' or '.join(map(str, near))}"
+            )
+        return None
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -35,6 +58,10 @@ class TrainConfig:
     eval_batches: batches of global_batch in one evaluation; eval_every 0: only at the end. log_every: steps between
     records. threads: CPU threads a rank; None: the node's cores shared among its ranks. seed: of weights, data order
     and dropout. stop_after: leave after this many steps of this start (for time-limited queues); None: run to the end.
+    recompute: activations that are computed again in backward instead of kept (docs/memory.md): "block" (everything but
+    each block's input), or any of "attention" (all between the GEMMs of attention), "norms" (outputs of norms and head
+    scales), "activations" (of the FFN), "projections" (outputs of W_o and W_down where a norm or a learned factor reads
+    them: a GEMM each). recompute_blocks: only in the first n blocks of each pipeline stage; None: in all.
     """
 
     out: str = "runs/run"
@@ -50,6 +77,8 @@ class TrainConfig:
     log_every: int = 1
     threads: int | None = None
     stop_after: int | None = None
+    recompute: tuple[Literal["block", "attention", "norms", "activations", "projections"], ...] = ()
+    recompute_blocks: int | None = None
 
     def batch_at(self, consumed: int) -> int:
         """Sequences of the step that begins when ``consumed`` samples are used."""

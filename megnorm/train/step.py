@@ -57,8 +57,7 @@ def train_step(run: Run) -> StepResult:
     set_training(run, True)
 
     def before(action: Action, final: bool) -> None:
-        place = (step, action.micro_batch, run.mesh.dp.rank, action.stage)
-        run.rng.start(config.train.seed, *place, tp_rank=run.mesh.tp.rank)
+        run.rng.begin(config.train.seed, step, action.micro_batch, run.mesh.dp.rank, run.mesh.tp.rank)
         if final:
             run.flat.expect(action.stage)
 
@@ -105,8 +104,7 @@ def evaluate(run: Run) -> float:
         parts = list(micro_batches(batch, t, mesh.device))
         schedule = forward_only(config.parallel.pp, config.parallel.virtual_stages, len(parts))
         loss = run.pipeline.run(schedule, parts)
-        tokens = sum(part.loss_mask.sum(dtype=torch.float64) for part in parts)
-        sums += torch.stack([all_reduce(loss, mesh.pp), tokens])
+        sums += torch.stack([all_reduce(loss, mesh.pp), batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))
 
@@ -117,7 +115,7 @@ def _schedule(parallel: ParallelConfig, micro_batches: int) -> Schedule:
 
 
 def set_training(run: Run, mode: bool) -> None:
-    for stage in run.pipeline.stages.values():
+    for stage in run.stages.values():
         stage.train(mode)
 
 
