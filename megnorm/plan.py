@@ -98,8 +98,8 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     parallel = config.parallel
     sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
     micro_batches = _check_batch(config, dp, sequence_parallel)
-    stages = _stages(config, world // parallel.tp)
     _check_ramp(config, dp)
+    stages = _stages(config, world // parallel.tp)
     resolved = resolved or resolve(config.model.norm, config.model.layers)
     check_scheme(config.model, resolved)
     by_role = count_parameters(config.model, resolved)
@@ -332,31 +332,12 @@ def unit_costs(config: RunConfig) -> tuple[int, ...]:
 def _check_ramp(config: RunConfig, dp: int) -> None:
     """Every batch of a ramp must be one that the layout can take."""
     t, parallel = config.train, config.parallel
-    start, increment = t.batch_ramp.start, t.batch_ramp.increment
-    if start is None or increment is None:
-        return
-    if start >= t.global_batch:
-        raise PlanError(
-            f"train.batch_ramp.start={start} is not below train.global_batch={t.global_batch}, to which it climbs; use a "
-            "smaller one, or train.batch_ramp=null"
-        )
     unit, what = dp * t.micro_batch, f"dp={dp} x train.micro_batch={t.micro_batch}"
     if parallel.schedule == "interleaved":
         unit, what = unit * parallel.pp, f"{what} x parallel.pp={parallel.pp} (parallel.schedule=interleaved)"
-    for key, value in (("start", start), ("increment", increment)):
-        if value % unit:
-            near = sorted({value // unit * unit, -(-value // unit) * unit} - {0})
-            raise PlanError(
-                f"train.batch_ramp.{key}={value} is not a multiple of {what}; use {' or '.join(map(str, near))}"
-            )
-    climb = t.global_batch - start
-    if climb % increment:
-        fitting = [n for n in _divisors(climb) if n % unit == 0]
-        near = [*[n for n in fitting if n < increment][-1:], *[n for n in fitting if n > increment][:1]]
-        raise PlanError(
-            f"train.batch_ramp.increment={increment} does not lead from start={start} to train.global_batch="
-            f"{t.global_batch}; use {' or '.join(map(str, near))}"
-        )
+    problem = t.batch_ramp.problem(t.global_batch, unit, what)
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:

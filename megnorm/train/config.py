@@ -25,6 +25,29 @@ class BatchRamp:
             if value is not None and value < 1:
                 raise ValueError(f"train.batch_ramp.{name} is {value}; it must be at least 1")
 
+    def problem(self, whole: int, unit: int, what: str) -> str | None:
+        """What is wrong with a climb to ``whole`` sequences by multiples of ``unit``, which is made of ``what``; or None."""
+        if self.start is None or self.increment is None:
+            return None
+        if self.start >= whole:
+            return (
+                f"train.batch_ramp.start={self.start} is not below train.global_batch={whole}, to which it climbs; use a "
+                "smaller one, or train.batch_ramp=null"
+            )
+        for key, value in (("start", self.start), ("increment", self.increment)):
+            if value % unit:
+                near = sorted({value // unit * unit, -(-value // unit) * unit} - {0})
+                return f"train.batch_ramp.{key}={value} is not a multiple of {what}; use {' or '.join(map(str, near))}"
+        climb = whole - self.start
+        if climb % self.increment:
+            fitting = [n for n in range(unit, climb + 1, unit) if climb % n == 0]
+            near = [n for n in fitting if n < self.increment][-1:] + [n for n in fitting if n > self.increment][:1]
+            return (
+                f"train.batch_ramp.increment={self.increment} does not lead from start={self.start} to train.global_batch="
+                f"{whole}; use {' or '.join(map(str, near))}"
+            )
+        return None
+
 
 @dataclass(frozen=True)
 class TrainConfig:
