@@ -65,7 +65,7 @@ def load(
     manifest, _ = read_manifest(path)
     meta = _meta(path, manifest)
     plan = _plan(path, manifest, wanted, convert)
-    _check_files(path, manifest, plan)
+    _check_files(path, manifest, plan, verify)
     if verify and untouched:
         _run(path, manifest, plan, threads, check=True, copy=False)
         _run(path, manifest, plan, threads, check=False, copy=True)
@@ -213,11 +213,14 @@ def _piece_chunks(manifest: Manifest, name: str, record: Record, piece: Any) -> 
         start += size
 
 
-def _check_files(path: Path, manifest: Manifest, plan: dict[str, list[_Chunk]]) -> None:
-    """Missing and torn files are found before anything is read."""
+def _check_files(path: Path, manifest: Manifest, plan: dict[str, list[_Chunk]], verify: bool) -> None:
+    """Missing and torn files are found before anything is read, and damaged headers, though nothing here needs them."""
     for file, chunks in plan.items():
         try:
-            os.close(open_file(path / file, manifest.files[file].bytes))
+            if verify:
+                _check_header(path, file, manifest)
+            else:
+                os.close(open_file(path / file, manifest.files[file].bytes))
         except CheckpointError as error:
             raise CheckpointError(f"{error} (it holds tensor {chunks[0].name})") from error
 

@@ -1,8 +1,10 @@
 """Save in the background: the step loop waits for a copy in memory only, and learns of a failure at the next step."""
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.checkpoint.config import CheckpointConfig
+from megnorm.checkpoint.folder import hold
 from megnorm.checkpoint.format import CheckpointError, load_json
 from megnorm.checkpoint.io import alone, encode_meta, save
 from megnorm.checkpoint.retention import prune
@@ -41,6 +44,7 @@ class Saver:
     barrier: over all ranks, called from the background thread while the step loop communicates: give it a group of its
     own (``own_barrier``). A failure is kept and raised by the next ``save``, ``check`` or ``wait``; all ranks learn of
     it, but not within the same step, so a loop of several ranks should agree on ``failed`` before it acts.
+    Rank 0 holds the folder as long as the saver lives; raises CheckpointError if another run does, or if it cannot be.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Saver:
         self.world = world
         self.barrier = barrier
         self.failure: BaseException | None = None
+        if rank == 0:
+            weakref.finalize(self, os.close, hold(self.folder))
         self._thread: threading.Thread | None = None
         self._copies: dict[tuple[Any, ...], Tensor] = {}
 

@@ -135,7 +135,8 @@ def test_resume_passes_over_damage(tmp_path: Path, caplog: pytest.LogCaptureFixt
         io.save(tmp_path, step, whole(state(step)), {"step": step})
     flip(tmp_path / "step-00000002" / "rank-00000-00000.safetensors", -1, 0)
     loaded = blank(state())
-    assert io.resume(tmp_path, whole(loaded)) == (tmp_path / "step-00000001", {"step": 1})
+    found = io.resume(tmp_path, whole(loaded))
+    assert found == io.Resumed(tmp_path / "step-00000001", {"step": 1}, 3, 6 * 5 * 4 + 7 * 2 + 8, True)
     assert same(loaded, state(1))
     assert "passing over checkpoint step-00000002" in caplog.text
     answers = iter([False, True])  # another rank cannot load the newest

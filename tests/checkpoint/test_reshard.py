@@ -1,0 +1,166 @@
+"""Any layout goes on from any other's checkpoint: the next losses are the same number, of the same samples.
+
+A layout is a line of LAYOUTS. What the plan refuses is skipped with the plan's own sentence.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megnorm import config as configs
+from megnorm.checkpoint import io
+from megnorm.config import RunConfig
+from megnorm.plan import PlanError, make_plan
+from megnorm.train import state
+from megnorm.train.build import Run, build
+from megnorm.train.step import train_step
+from tests.distributed import tiny
+from tests.distributed.pool import Pool
+
+SCHEMES = ("preln", "deepnorm", "normformer", "hybridnorm_star")
+TOLERANCE = 1e-10  # relative; float64, whose sums the layouts only order differently
+BEFORE = 2  # steps in the layout that saves
+# name -> (ranks, what is set). Two kv heads: tp=4 holds each of them twice.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "tp2": (2, ("tp=2",)),
+    "tp2-plain": (2, ("tp=2", "sequence_parallel=false")),
+    "tp2-kept": (2, ("tp=2", "keep_gathered=true")),
+    "tp4": (4, ("tp=4",)),
+    "tp4-plain": (4, ("tp=4", "sequence_parallel=false")),
+    "tp4-kept": (4, ("tp=4", "keep_gathered=true")),
+    "dp2": (2, ("dp=2",)),
+    "dp4": (4, ("dp=4",)),
+    "tp2-dp2": (4, ("tp=2", "dp=2")),
+    "tp2-dp2-plain": (4, ("tp=2", "dp=2", "sequence_parallel=false")),
+    "tp2-dp2-kept": (4, ("tp=2", "dp=2", "keep_gathered=true")),
+    "pp2": (2, ("pp=2",)),
+    "pp4": (4, ("pp=4",)),
+    "tp2-pp2": (4, ("tp=2", "pp=2")),
+    "pp2-dp2": (4, ("pp=2", "dp=2")),
+}
+
+Curve = tuple[list[float], list[list[int]]]  # losses; sample ids of each step
+
+
+def config(folder: Path, scheme: str, layout: str) -> RunConfig:
+    """Four layers, so that four stages have one each."""
+    ranks, settings = LAYOUTS[layout]
+    base = tiny.config(str(folder / "data"), folder / "run", scheme, steps=40, kv=2, precision="fp64")
+    path = folder / "run.yaml"
+    path.write_text(tiny.yaml.safe_dump(configs.to_dict(base)), encoding="utf-8")
+    return configs.load(path, ["model.layers=4", "parallel.dp=null", *(f"parallel.{one}" for one in settings)])
+
+
+def refusal(layout: str) -> str | None:
+    """Why the plan does not take a layout; None if it does."""
+    ranks, settings = LAYOUTS[layout]
+    overrides = ["model.layers=4", "train.global_batch=8", "train.micro_batch=2", *(f"parallel.{s}" for s in settings)]
+    try:
+        make_plan(configs.load(None, overrides), ranks)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+TAKEN = [layout for layout in LAYOUTS if refusal(layout) is None]
+
+
+def write(rank: int, world: int, config: RunConfig, start: Path | None, out: Path, steps: int) -> Curve:
+    """Go on from ``start`` (None: from the beginning) for BEFORE steps, save, and go on for ``steps`` more."""
+    run = build(make_plan(config, world), torch.device("cpu"))
+    if start is not None:
+        state.resume(run, start)
+    for _ in range(BEFORE):
+        train_step(run)
+    barrier = dist.barrier if world > 1 else io.alone
+    io.save(out, run.step, state.shards(run, owned=True), state.meta(run), rank=rank, world=world, barrier=barrier)
+    return curve(run, steps)
+
+
+def read(rank: int, world: int, config: RunConfig, sources: Sequence[Path], steps: int) -> list[Curve]:
+    """Go on from each of the checkpoints in turn, with nothing left of the one before."""
+    run, curves = build(make_plan(config, world), torch.device("cpu")), []
+    for source in sources:
+        for shard in state.shards(run, owned=False):
+            shard.tensor.fill_(math.nan)
+        state.resume(run, source)
+        curves.append(curve(run, steps))
+    return curves
+
+
+def curve(run: Run, steps: int) -> Curve:
+    order: Any = run.train_data.order  # type: ignore[attr-defined]
+    drawn: list[int] = []
+    rows, ids = order.rows, []
+
+    def watch(wanted: Any) -> Any:
+        drawn.extend(wanted.tolist())
+        return rows(wanted)
+
+    order.rows = watch
+    losses = []
+    for _ in range(steps):
+        losses.append(train_step(run).loss)
+        ids.append(sorted(drawn))
+        drawn.clear()
+    order.rows = rows
+    return losses, ids
+
+
+def merged(curves: Sequence[Curve]) -> Curve:
+    """One curve of all ranks': they agree on the loss, and share the samples."""
+    losses = curves[0][0]
+    assert all(found == losses for found, _ in curves)
+    return losses, [sorted({i for _, ids in curves for i in ids[step]}) for step in range(len(losses))]
+
+
+def check(ranks: Callable[[int], Pool], folder: Path, scheme: str, layouts: Sequence[str], steps: int) -> None:
+    """All pairs of ``layouts``."""
+    tiny.write_data(folder / "data")
+    alone = config(folder, scheme, "one")
+    ranks(1).run(write, alone, None, folder / "start", 0)
+    truth = merged(ranks(1).run(write, alone, folder / "start", folder / "truth", steps))
+    assert len({i for ids in truth[1] for i in ids}) == 8 * steps, "every step has its own samples"
+    for layout in layouts:
+        world = LAYOUTS[layout][0]
+        found = merged(
+            ranks(world).run(write, config(folder, scheme, layout), folder / "start", folder / layout, steps)
+        )
+        compare(found, truth, f"{layout} without a break")
+    for layout in layouts:
+        sources = [folder / other for other in layouts]
+        answers = ranks(LAYOUTS[layout][0]).run(read, config(folder, scheme, layout), sources, steps)
+        for i, other in enumerate(layouts):
+            compare(merged([answer[i] for answer in answers]), truth, f"{layout} from {other}")
+
+
+def compare(found: Curve, truth: Curve, what: str) -> None:
+    assert found[0] == pytest.approx(truth[0], rel=TOLERANCE), what
+    assert found[1] == truth[1], f"{what}: other samples"
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
+def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
+    """Every layout once, beside those that another scheme has not seen."""
+    check(ranks, tmp_path, SCHEMES[number], TAKEN[number :: len(SCHEMES)], 3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp_path: Path, scheme: str) -> None:
+    check(ranks, tmp_path, scheme, TAKEN, 10)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in TAKEN])
+def test_a_layout_that_the_plan_refuses(layout: str) -> None:
+    pytest.skip(f"{layout}: {refusal(layout)}")
+
+
+def test_there_are_enough_layouts() -> None:
+    assert len(TAKEN) >= 12
