@@ -35,7 +35,7 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "tokenizers>=0.20",
-        "torch>=2.6",
+        "torch>=2.7",
         "tqdm>=4.66",
         "xxhash>=3.4",
     ],

@@ -13,24 +13,28 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 
 from megnorm import config as configs
 from megnorm.config import RunConfig
-from megnorm.models.causal import CausalLM, Tokens
+from megnorm.models.causal import Tokens
 from megnorm.optim.clip import global_norm
-from megnorm.parallel.data_parallel import GradBuffer
-from megnorm.parallel.layout import full_tensor, named_matrices, reduce_replicated_grads
+from megnorm.parallel.collectives import all_reduce, gather_objects
+from megnorm.parallel.data_parallel import DataParallel
+from megnorm.parallel.layout import full_tensor, named_matrices
 from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import derive
+from megnorm.parallel.schedule import Action, make_schedule
 from megnorm.plan import Plan, make_plan
-from megnorm.train.build import build_trained_model, mesh_of
+from megnorm.train.build import build_stages, flatten, mesh_of
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 SGD_STEPS, SGD_RATE = 10, 0.05
@@ -66,38 +70,57 @@ class Difference:
 
 
 def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
-    """Run ``steps`` SGD steps in the layout of ``mesh``: initial weights, losses, first gradients, last weights."""
-    model, _ = build_trained_model(plan, mesh)
-    named = list(named_matrices(model))
-    buffer = GradBuffer(list(model.parameters()), next(model.parameters()).dtype)
-    initial = {n.name: full_tensor(n, n.param.detach(), mesh) for n in named}
+    """Run ``steps`` SGD steps in the layout of ``mesh``: initial weights, losses, first gradients, last weights.
+
+    Whole tensors are on the ranks of the first stage.
+    """
+    stages, rng = build_stages(plan, mesh)
+    flat = flatten(plan, mesh, stages)
+    named = list(named_matrices(*stages.values()))
+    pipeline = Pipeline(stages, mesh)
+
+    def whole(storage: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        own = {n.name: full_tensor(n, storage(n.param), mesh) for n in named}
+        found: dict[str, Tensor] = {}
+        for part in gather_objects(own, mesh.pp):
+            for name, tensor in part.items():
+                if not torch.equal(found.setdefault(name, tensor), tensor):
+                    found[name] = torch.full_like(tensor, float("nan"))  # two stages hold different copies
+        return found
+
+    initial = whole(lambda param: param.detach())
     losses: list[float] = []
     grads: dict[str, Tensor] = {}
     norm = 0.0
     for step in range(steps):
-        losses.append(_forward_backward(plan, mesh, model, buffer, step))
+        losses.append(_forward_backward(plan, mesh, pipeline, flat, step))
         if step == 0:
-            norm = float(global_norm(named, mesh))
-            grads = {n.name: full_tensor(n, n.param.main_grad, mesh) for n in named}
-        for param in buffer.params:
-            param.data.add_(param.main_grad, alpha=-SGD_RATE)
-    return Trace(initial, losses, grads, norm, {n.name: full_tensor(n, n.param.detach(), mesh) for n in named})
+            norm = float(global_norm(flat.pieces, mesh, sharded=flat.shard))
+            flat.gather_grads()
+            grads = whole(lambda param: param.main_grad)  # type: ignore[attr-defined]
+        for piece in flat.pieces:
+            piece.master.add_(piece.grad, alpha=-SGD_RATE)
+        flat.publish()
+    flat.wait_weights()
+    return Trace(initial, losses, grads, norm, whole(lambda param: param.detach()))
 
 
-def _forward_backward(plan: Plan, mesh: Mesh, model: CausalLM, buffer: GradBuffer, step: int) -> float:
-    """One step's global loss; gradients end in the buffer, reduced as training reduces them."""
+def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataParallel, step: int) -> float:
+    """One step's global loss; gradients end in flat storage, reduced as training reduces them."""
     parts = [random_batch(plan.config, step, i) for i in range(PARTS)]
     tokens = sum(float(part.loss_mask.sum()) for part in parts)
-    buffer.zero()
-    total = torch.zeros((), dtype=torch.float64)
-    for part in parts[mesh.dp.rank :: mesh.dp.size]:
-        loss = model(part) / tokens
-        loss.backward()
-        total += loss.detach()
-    if mesh.dp.size > 1:
-        dist.all_reduce(total, group=mesh.dp.group)
-    buffer.reduce(mesh)
-    reduce_replicated_grads(buffer.params, mesh)
+    own, parallel = parts[mesh.dp.rank :: mesh.dp.size], plan.config.parallel
+    schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, len(own))
+    flat.zero()
+
+    def before(action: Action, final: bool) -> None:
+        if final:
+            flat.expect(action.stage)
+
+    total = pipeline.run(schedule, own, weight=1.0 / tokens, before=before)
+    for axis in (mesh.pp, mesh.dp):
+        all_reduce(total, axis)
+    flat.finish()
     return float(total)
 
 
@@ -149,9 +172,12 @@ def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) ->
 
 
 def serial_of(config: RunConfig) -> RunConfig:
-    """The same run on one rank."""
-    alone = dataclasses.replace(config.parallel, tp=1, pp=1, dp=1, sequence_parallel=None)
-    return dataclasses.replace(config, parallel=alone)
+    """The same run on one rank, without recompute."""
+    alone = dataclasses.replace(
+        config.parallel, tp=1, pp=1, dp=1, sequence_parallel=None, schedule="1f1b", virtual_stages=1, stage_layers=None
+    )
+    plain = dataclasses.replace(config.train, recompute=(), recompute_blocks=None)
+    return dataclasses.replace(config, parallel=alone, train=plain)
 
 
 def parse_layout(text: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Token and position embedding, and the output head, over a vocabulary split across tp ranks."""
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,12 +33,18 @@ def vocabulary_matrix(role: str, cfg: ModelConfig, padded: int, tp: Axis, *, wid
 
 
 class TokenEmbedding(nn.Module):
-    """tokens [s, b] -> [s, b, d] ([s/tp, b, d] with sequence parallelism); rows of the vocabulary split over tp."""
+    """tokens [s, b] -> [s, b, d] ([s/tp, b, d] with sequence parallelism); rows of the vocabulary split over tp.
 
-    def __init__(self, cfg: ModelConfig, padded_vocab: int, env: Env) -> None:
+    shared: the first and the last stage of a pipeline each hold it, for a tied head. copy: this is the last one's.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, padded_vocab: int, env: Env, *, shared: bool = False, copy: bool = False
+    ) -> None:
         super().__init__()
         self.mesh = env.mesh
         matrix, rows = vocabulary_matrix("embed", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
+        matrix = replace(matrix, grad_sum="ends" if shared else None, owner=not copy, copy=copy)
         self.first, self.rows = env.mesh.tp.rank * rows, rows
         # The lookup of padding sends no gradient to its row (fairseq); the row lies on one rank.
         padding = -1 if cfg.padding_id is None else cfg.padding_id - self.first
@@ -84,12 +92,14 @@ class PositionEmbedding(nn.Module):
 class Embedding(nn.Module):
     """tokens [s, b], positions -> the residual stream: token * scale + position, embedding norm, dropout."""
 
-    def __init__(self, cfg: ModelConfig, norm: Norm | None, padded_vocab: int, env: Env) -> None:
+    def __init__(
+        self, cfg: ModelConfig, norm: Norm | None, padded_vocab: int, env: Env, *, shared: bool = False
+    ) -> None:
         super().__init__()
-        self.token = TokenEmbedding(cfg, padded_vocab, env)
+        self.token = TokenEmbedding(cfg, padded_vocab, env, shared=shared)
         self.position = PositionEmbedding(cfg, env) if cfg.positions in ("learned", "sinusoidal") else None
         self.norm = norm_or_identity(norm, "embedding", 1, cfg.width, env)
-        self.dropout = Dropout(cfg.dropout, env, local=env.mesh.sequence_parallel)
+        self.dropout = Dropout(cfg.dropout, env, "embed", local=env.mesh.sequence_parallel)
         self.scale = cfg.width**0.5 if cfg.embedding_scale == "sqrt_width" else float(cfg.embedding_scale)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _alone(sums: Sums) -> list[Sums]:
 
 
 class Observer:
-    """Measures the chosen probes of ``model`` on every ``every``-th step (0: never).
+    """Measures the chosen probes of ``stages`` (all that this rank holds of the model) on every ``every``-th step (0: never).
 
     A step is begin(step), forward and backward, before_update(), the update, collect(); on a step that is not probed
     each returns at once. Every rank calls all of them: collect communicates.
@@ -74,7 +74,7 @@ class Observer:
 
     def __init__(
         self,
-        model: nn.Module,
+        stages: Sequence[nn.Module],
         probes: Sequence[Probe],
         *,
         every: int,
@@ -87,14 +87,19 @@ class Observer:
         self._probes, self._every = frozenset(probes), every
         self._reduce_sum, self._reduce_activations, self._gather = reduce_sum, reduce_activations, gather
         self._weight, self._gradient = weight, gradient
-        self._matrices = list(named_matrices(model))
-        self._places = find_places(model, self._probes)
+        self._matrices = list(named_matrices(*stages))
+        self._places = [place for stage in stages for place in find_places(stage, self._probes)]
         self._names = [f"{probe}/{at}" for probe, _, at, _ in self._places]
         self._handles: list[RemovableHandle] = []
         self._active = False
         self._squares: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # by index in _places
         self._vectors: dict[str, list[Tensor]] = {}  # by quantity, in the order of _matrices
         self._before: dict[int, Tensor] = {}  # weights before the update, by id of the parameter
+
+    @property
+    def active(self) -> bool:
+        """Whether the present step is probed: gradients and weights will be looked at whole."""
+        return self._active
 
     def begin(self, step: int) -> bool:
         """Whether ``step`` is probed; if so, attach the hooks."""
@@ -145,6 +150,8 @@ class Observer:
     # Activations
 
     def _see(self, index: int, side: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a recompute in backward: seen in the forward pass
+            return
         tensor = first_tensor(inputs if side == "input" else output)
         if tensor is not None:
             self._squares[index].append((square(tensor.detach()), tensor.numel()))

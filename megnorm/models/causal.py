@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megnorm.layers.attention import attention_mask
-from megnorm.layers.block import Block
-from megnorm.layers.embedding import Embedding, Head, full_logits
+from megnorm.layers.block import Block, run_blocks
+from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
 from megnorm.layers.loss import cross_entropy
@@ -32,33 +32,70 @@ class Tokens:
 
 
 class CausalLM(nn.Module):
-    """A decoder-only language model."""
+    """A decoder-only language model, or the stage of one: the layers [first, last), and what lies at its ends.
 
-    def __init__(self, cfg: ModelConfig, resolved: Resolved, padded_vocab: int, env: Env) -> None:
+    The first stage (whose layers begin at 0) embeds tokens, the last one has the final norm, the head and the loss.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, resolved: Resolved, padded_vocab: int, env: Env, layers: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.cfg, self.env = cfg, env
-        self.embed = Embedding(cfg, resolved.embedding, padded_vocab, env)
-        self.blocks = nn.ModuleDict({str(i): Block(layer, cfg, env) for i, layer in enumerate(resolved.layers)})
-        self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
-        self.head = Head(cfg, padded_vocab, env, self.embed.token.weight if cfg.tied_head else None)
+        begin, end = layers or (0, cfg.layers)
+        self.first, self.last = begin == 0, end == cfg.layers
+        shared = cfg.tied_head and not (self.first and self.last)
+        token: TokenEmbedding | None = None
+        if self.first:
+            self.embed = Embedding(cfg, resolved.embedding, padded_vocab, env, shared=shared)
+            token = self.embed.token
+        elif self.last and cfg.tied_head:
+            token = TokenEmbedding(cfg, padded_vocab, env, shared=True, copy=True)
+            self.add_module("embed", nn.ModuleDict({"token": token}))  # under the name of the first stage's
+        self.blocks = nn.ModuleDict({str(i): Block(resolved.layers[i], cfg, env, i) for i in range(begin, end)})
+        if self.last:
+            self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
+            self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)
+
+    def units(self) -> list[nn.Module]:
+        """The parts that forward calls, in order."""
+        return [
+            *([self.embed] if self.first else []),
+            *self.blocks.values(),
+            *([self.final_norm, self.head] if self.last else []),
+        ]
+
+    def edge(self, batch: Tokens) -> tuple[tuple[int, ...], torch.dtype]:
+        """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d])."""
+        s, b = batch.tokens.shape
+        return (s // self.env.mesh.sp.size, b, self.cfg.width), self.env.compute or self.env.dtype
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, documents: tuple[int, ...] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        documents: tuple[int, ...] | None = None,
+        carry: Tensor | None = None,
     ) -> Tensor:
-        """tokens [s, b] -> the stream after the final norm, [s, b, d] ([s/tp, b, d] with sequence parallelism)."""
+        """tokens [s, b] -> the stream behind this stage, [s, b, d] ([s/tp, b, d] with sequence parallelism).
+
+        carry: the stream that the stage before gave. The last stage applies the final norm.
+        """
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
-        x = self.embed(tokens, where)
+        x = self.embed(tokens, where) if carry is None else carry
         rope = None
         if self.cfg.positions == "rotary":
             rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
         context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
-        for block in self.blocks.values():
-            x = block(x, context)
-        return self.final_norm(x)
+        x = run_blocks(list(self.blocks.values()), x, context, self.env)
+        return self.final_norm(x) if self.last else x
 
-    def forward(self, batch: Tokens) -> Tensor:
-        """Sum of the masked token losses, a scalar in fp32 (fp64 for fp64)."""
-        logits = self.head(self.hidden(batch.tokens, batch.positions, batch.documents))
+    def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
+        """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: the stream."""
+        x = self.hidden(batch.tokens, batch.positions, batch.documents, carry)
+        if not self.last:
+            return x
+        logits = self.head(x)
         losses = cross_entropy(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
         return (losses * batch.loss_mask).sum()
 
@@ -75,8 +112,9 @@ def build_model(
     seed: int = 0,
     resolved: Resolved | None = None,
     vocab_multiple: int = 64,
+    layers: tuple[int, int] | None = None,
 ) -> CausalLM:
-    """The model of a config with its initial weights.
+    """The model of a config with its initial weights, or the stage that holds ``layers`` [first, last).
 
     env None: one process, fp32, CPU. resolved None: resolve the config's scheme. The vocabulary is stored in the least
     multiple of vocab_multiple * tp rows that holds it.
@@ -84,6 +122,6 @@ def build_model(
     env = env or Env()
     resolved = resolved or resolve(cfg.norm, cfg.layers)
     step = vocab_multiple * env.mesh.tp.size
-    model = CausalLM(cfg, resolved, -(-cfg.vocab_size // step) * step, env)
+    model = CausalLM(cfg, resolved, -(-cfg.vocab_size // step) * step, env, layers)
     initialize(model, cfg, resolved, seed)
     return model

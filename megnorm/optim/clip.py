@@ -6,21 +6,24 @@ import torch
 from torch import Tensor
 
 from megnorm.parallel.collectives import all_reduce
-from megnorm.parallel.layout import Named
+from megnorm.parallel.layout import Piece
 from megnorm.parallel.mesh import Mesh
 
 
-def global_norm(named: Sequence[Named], mesh: Mesh) -> Tensor:
-    """sqrt of the sum of squares of ``main_grad`` over the whole model, a scalar on every rank.
+def global_norm(pieces: Sequence[Piece], mesh: Mesh, *, sharded: bool) -> Tensor:
+    """sqrt of the sum of squares of the reduced gradients over the whole model, a scalar on every rank.
 
-    A slice held by several ranks is counted by its owner; storage that belongs to no matrix is not counted.
+    pieces: what this rank updates; slices held by several ranks are counted by their owner. sharded: pieces of the ranks
+    of the dp axis differ (ZeRO-1).
     """
-    grads = [n.view(n.param.main_grad) for n in named if n.matrix.owner]  # type: ignore[attr-defined]
-    norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
+    norms = torch._foreach_norm([piece.grad for piece in pieces if piece.named.matrix.owner])
+    device = mesh.device
     total = (
-        torch.stack([norm.double() for norm in norms]).square().sum() if norms else torch.zeros((), dtype=torch.double)
+        torch.stack([norm.double() for norm in norms]).square().sum()
+        if norms
+        else torch.zeros((), dtype=torch.double, device=device)
     )
-    for axis in (mesh.tp, mesh.pp):
+    for axis in (mesh.tp, mesh.pp, *((mesh.dp,) if sharded else ())):
         all_reduce(total, axis)
     return total.sqrt()
 

@@ -4,13 +4,15 @@ Activations are [s, b, ...]; with sequence parallelism dimension 0 is split over
 collectives below.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.parallel.mesh import Axis
+
+T = TypeVar("T")
 
 # torch 2.13 renamed these; older versions have the old names only.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -40,6 +42,33 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     _reduce_scatter(out, x.contiguous(), group=axis.group)
     return out
+
+
+def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:
+    """Begin to sum x over the axis, in place; wait for the work before x is read."""
+    return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
+    """Begin to sum x [n * size] over the axis: what becomes this rank's [n] of the sum, and the work to wait for."""
+    part = x.new_empty(x.shape[0] // axis.size)
+    return part, _reduce_scatter(part, x, group=axis.group, async_op=True)
+
+
+def start_all_gather(x: Tensor, own: int, axis: Axis) -> dist.Work:
+    """Begin to fill x [n * size] with the parts of all ranks; this rank's part lies at ``own``."""
+    part = x[own : own + x.shape[0] // axis.size].clone()
+    work: dist.Work = _all_gather(x, part, group=axis.group, async_op=True)
+    return work
+
+
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """The small plain value of every rank of the axis, in rank order."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
 
 
 def own_slice(x: Tensor, axis: Axis) -> Tensor:

@@ -5,6 +5,7 @@ checkpoints and conversion must never see that: they read the tensor through ``v
 outside this file knows how matrices are packed.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,9 +25,10 @@ class Matrix:
     role: embed | position | q | k | v | o | up | gate | down | router | head, or "norm", "bias", "scale".
     shape: global. offset, local: where this rank's slice begins in it, and the slice's shape.
     dim, start: the slice lies in the storage at ``storage.narrow(dim, start, local[dim])``.
-    grad_sum: the mesh axis over which gradients of this slice are partial sums ("tp", "kv") or None.
-    owner: exactly one of the ranks of a tensor-parallel group that hold a slice owns it: it counts it in norms and
-    writes it to checkpoints.
+    grad_sum: the mesh axis over which gradients of this slice are partial sums ("tp", "kv", "ends") or None.
+    owner: exactly one of the ranks of a model's copy that hold a slice owns it: it counts it in norms and writes it to
+    checkpoints. (Replicas of the model, over dp, each have an owner.)
+    copy: the same slice lies on another pipeline stage too, which owns it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Matrix:
     start: int = 0
     grad_sum: str | None = None
     owner: bool = True
+    copy: bool = False
 
     def view(self, storage: Tensor) -> Tensor:
         """The slice inside ``storage``; no copy."""
@@ -89,10 +92,57 @@ class Named:
         return self.matrix.view(self.param.detach() if storage is None else storage)
 
 
-def named_matrices(model: nn.Module) -> Iterator[Named]:
-    """Every logical matrix of ``model``, once, in module order."""
+@dataclass(frozen=True)
+class Piece:
+    """The elements of a logical matrix that this rank updates: [first, last) of its slice, counted row by row.
+
+    weight: in the dtype of computation. master: the weight that is updated; the same tensor where that dtype is wide
+    enough. grad: in the dtype of accumulation. All are vectors of last - first elements, views of flat storage.
+    """
+
+    named: Named
+    first: int
+    last: int
+    weight: Tensor
+    master: Tensor
+    grad: Tensor
+
+    def boxes(self, tensor: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """(offset in the logical tensor, view of its shape) for the boxes that make up this range of ``tensor``."""
+        matrix = self.named.matrix
+        for corner, shape, start in boxes_of(self.first, self.last, matrix.local):
+            view = tensor[start - self.first :][: math.prod(shape)].view(shape)
+            yield tuple(a + b for a, b in zip(matrix.offset, corner, strict=True)), view
+
+
+def boxes_of(first: int, last: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Elements [first, last) of a row-major array as boxes: (corner, shape, first element of the box).
+
+    A part of a row, whole rows, a part of a row: contiguous each, in order.
+    """
+    if len(shape) == 1:
+        yield (first,), (last - first,), first
+        return
+    row = math.prod(shape[1:])
+    top, bottom = -(-first // row), last // row
+    if top > bottom:  # inside one row
+        for corner, inner, start in boxes_of(first - bottom * row, last - bottom * row, shape[1:]):
+            yield (bottom, *corner), (1, *inner), bottom * row + start
+        return
+    if first < top * row:
+        for corner, inner, start in boxes_of(first - (top - 1) * row, row, shape[1:]):
+            yield (top - 1, *corner), (1, *inner), (top - 1) * row + start
+    if top < bottom:
+        yield (top, *(0 for _ in shape[1:])), (bottom - top, *shape[1:]), top * row
+    if bottom * row < last:
+        for corner, inner, start in boxes_of(0, last - bottom * row, shape[1:]):
+            yield (bottom, *corner), (1, *inner), bottom * row + start
+
+
+def named_matrices(*models: nn.Module) -> Iterator[Named]:
+    """Every logical matrix of the models (the stages that a rank holds), once, in module order."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in (item for model in models for item in model.named_modules()):
         for attribute, param in module.named_parameters(recurse=False):
             if id(param) in seen:
                 continue
@@ -113,7 +163,7 @@ def reduce_replicated_grads(params: Iterable[nn.Parameter], mesh: Mesh) -> None:
 
     A fused parameter may hold matrices that differ: with replicated key/value heads k and v are summed, q is not.
     """
-    for name in ("tp", "kv"):
+    for name in ("tp", "kv", "ends"):
         axis = mesh.axis(name)
         if axis.size == 1:
             continue
@@ -135,7 +185,7 @@ def full_tensor(named: Named, storage: Tensor, mesh: Mesh) -> Tensor:
     """The whole logical tensor on every rank of a tp group, gathered from the slices in ``storage``."""
     matrix = named.matrix
     full = storage.new_zeros(matrix.shape)
-    if matrix.owner:
+    if matrix.owner or matrix.copy:
         box = tuple(slice(o, o + n) for o, n in zip(matrix.offset, matrix.local, strict=True))
         full[box] = matrix.view(storage)
     return all_reduce(full, mesh.tp)

@@ -1,10 +1,12 @@
-"""The mesh of ranks: axes pp, dp, tp, and kv (ranks of a tp group that hold the same key/value heads).
+"""The mesh of ranks: axes pp, dp, tp, kv (ranks of a tp group that hold the same key/value heads) and ends (the first and
+the last stage, which share a tied embedding).
 
 A mesh is passed as an argument; there is no global state. An axis of size 1 has no group and costs nothing.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -24,12 +26,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads."""
+    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads.
+
+    ends: of the ranks that differ in pp alone the first and the last; size 1 between them.
+    lanes: groups over pp for messages of each kind ("F", "B") from senders of each parity; empty: pp's own group.
+    """
 
     pp: Axis = Axis("pp")
     dp: Axis = Axis("dp")
     tp: Axis = Axis("tp")
     kv: Axis = Axis("kv")
+    ends: Axis = Axis("ends")
+    lanes: Mapping[tuple[str, int], dist.ProcessGroup] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     sequence_parallel: bool = False
     keep_gathered: bool = False
@@ -64,8 +72,47 @@ def build_mesh(
     """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that)."""
     if tp * pp * dp == 1:
         return Mesh(device=device)
-    axes = _axes(dist.group.WORLD, tp, pp, dp, max(1, tp // kv_heads), device.type)
-    return Mesh(*axes, device, sequence_parallel and tp > 1, keep_gathered)
+    everyone = dist.group.WORLD
+    axes = _axes(everyone, tp, pp, dp, max(1, tp // kv_heads), device.type)
+    lines = _pipelines(pp, dp * tp)
+    ends, lanes = _ends(everyone, lines), _lanes(everyone, lines) if device.type == "cuda" and pp > 1 else {}
+    return Mesh(*axes, ends, lanes, device, sequence_parallel and tp > 1, keep_gathered)
+
+
+def _pipelines(pp: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of every pipeline, in order of stages."""
+    return tuple(tuple(stage * width + i for stage in range(pp)) for i in range(width))
+
+
+@functools.cache
+def _ends(everyone: dist.ProcessGroup | None, lines: tuple[tuple[int, ...], ...]) -> Axis:
+    if len(lines[0]) == 1:
+        return Axis("ends")
+    group = _own_group([[line[0], line[-1]] for line in lines])
+    return Axis("ends") if group is None else Axis("ends", 2, dist.get_rank(group), group)
+
+
+@functools.cache
+def _lanes(
+    everyone: dist.ProcessGroup | None, lines: tuple[tuple[int, ...], ...]
+) -> dict[tuple[str, int], dist.ProcessGroup]:
+    """NCCL queues all messages of a pair of ranks and a group one behind the other, whatever their direction.
+
+    A receive that is posted ahead would hold up a send that the other side waits for. In a lane every pair has messages
+    in one direction only, and those are received in the order in which they are sent.
+    """
+    made = {(kind, parity): _own_group([list(line) for line in lines]) for kind in "FB" for parity in (0, 1)}
+    return {key: group for key, group in made.items() if group is not None}
+
+
+def _own_group(members: list[list[int]]) -> dist.ProcessGroup | None:
+    """Make all these groups, which every rank must do; the one that this rank is in."""
+    own = None
+    for ranks in members:
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            own = group
+    return own
 
 
 @functools.cache

@@ -10,14 +10,15 @@ from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
+from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
 from megnorm.models.causal import CausalLM, build_model
 from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
-from megnorm.parallel.collectives import all_reduce
-from megnorm.parallel.data_parallel import GradBuffer
-from megnorm.parallel.layout import Named, named_matrices
+from megnorm.parallel.collectives import all_reduce, gather_objects
+from megnorm.parallel.data_parallel import DataParallel
 from megnorm.parallel.mesh import Mesh, build_mesh
+from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
 
@@ -33,14 +34,18 @@ class Samples(Protocol):
 
 @dataclass
 class Run:
-    """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks."""
+    """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
+
+    stages: of this rank, by global index. pipeline: runs them. flat: their weights and gradients, and the pieces of
+    them that it updates.
+    """
 
     plan: Plan
     mesh: Mesh
-    model: CausalLM
+    stages: dict[int, CausalLM]
+    pipeline: Pipeline
     rng: DropoutRng
-    named: list[Named]
-    buffer: GradBuffer
+    flat: DataParallel
     optimizer: Optimizer
     scale: LossScale
     observer: Observer
@@ -63,26 +68,24 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         train_data = open_data(plan, "train")
         valid_data = open_data(plan, "valid") if config.train.eval_batches else None
     mesh = mesh_of(plan, device)
-    model, rng = build_trained_model(plan, mesh)
-    named = list(named_matrices(model))
-    dtype = DTYPES[config.train.precision]
-    optimizer = Optimizer(named, config.optim, dtype)
-    params = list(model.parameters())
+    stages, rng = build_stages(plan, mesh)
+    flat = flatten(plan, mesh, stages)
     return Run(
         plan,
         mesh,
-        model,
+        stages,
+        Pipeline(stages, mesh),
         rng,
-        named,
-        GradBuffer(params, torch.promote_types(dtype, torch.float32)),
-        optimizer,
-        LossScale(config.optim.loss_scale if dtype == torch.float16 else 1.0, config.optim.loss_scale_window),
+        flat,
+        Optimizer(flat.pieces, config.optim),
+        LossScale(config.optim.loss_scale if config.train.precision == "fp16" else 1.0, config.optim.loss_scale_window),
         Observer(
-            model,
+            list(stages.values()),
             config.metrics.probes,
             every=config.metrics.probe_every,
             reduce_sum=lambda x: all_reduce(x, mesh.tp),
             reduce_activations=lambda x: all_reduce(all_reduce(x, mesh.tp), mesh.dp),
+            gather=lambda sums: gather_objects(sums, mesh.pp),
         ),
         train_data,
         valid_data,
@@ -104,14 +107,37 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
     )
 
 
-def build_trained_model(plan: Plan, mesh: Mesh) -> tuple[CausalLM, DropoutRng]:
-    """The model with its initial weights, in fp32 (fp64 for fp64), and the random streams of its dropout."""
+def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRng]:
+    """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and the place of their dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
-    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute)
-    multiple = config.parallel.vocab_multiple
-    model = build_model(config.model, env, seed=config.train.seed, resolved=plan.resolved, vocab_multiple=multiple)
-    return model, rng
+    recompute = Recompute(config.train.recompute, config.train.recompute_blocks)
+    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute, recompute)
+    stages = {
+        index: build_model(
+            config.model,
+            env,
+            seed=config.train.seed,
+            resolved=plan.resolved,
+            vocab_multiple=config.parallel.vocab_multiple,
+            layers=plan.stages[index],
+        )
+        for index in range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
+    }
+    return stages, rng
+
+
+def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParallel:
+    """Flat storage of the stages in the precision of the run."""
+    parallel, compute = plan.config.parallel, DTYPES[plan.config.train.precision]
+    return DataParallel(
+        stages,
+        mesh,
+        compute=compute,
+        accumulate=torch.promote_types(compute, torch.float32),
+        shard=parallel.zero == 1,
+        bucket_bytes=parallel.bucket_mb * 1e6,
+    )
 
 
 def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None) -> Loader:

@@ -12,6 +12,10 @@ class TrainConfig:
     eval_batches: batches of global_batch in one evaluation; eval_every 0: only at the end. log_every: steps between
     records. threads: CPU threads a rank; None: the node's cores shared among its ranks. seed: of weights, data order
     and dropout. stop_after: leave after this many steps of this start (for time-limited queues); None: run to the end.
+    recompute: activations that are computed again in backward instead of kept (docs/memory.md): "block" (everything but
+    each block's input), or any of "attention" (all between the GEMMs of attention), "norms" (outputs of norms and head
+    scales), "activations" (of the FFN), "projections" (outputs of W_o and W_down where a norm or a learned factor reads
+    them: a GEMM each). recompute_blocks: only in the first n blocks of each pipeline stage; None: in all.
     """
 
     out: str = "runs/run"
@@ -26,3 +30,5 @@ class TrainConfig:
     log_every: int = 1
     threads: int | None = None
     stop_after: int | None = None
+    recompute: tuple[Literal["block", "attention", "norms", "activations", "projections"], ...] = ()
+    recompute_blocks: int | None = None

@@ -1,11 +1,13 @@
 """What a run that goes on says about where it goes on from."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megnorm.checkpoint.commands import flatten
 from megnorm.checkpoint.io import Resumed
 from megnorm.config import to_dict
+from megnorm.parallel.config import ParallelConfig
 from megnorm.plan import Plan
 
 MAY_DIFFER = ("train.out", "train.stop_after", "parallel.")  # the last is told as the layout
@@ -37,9 +39,13 @@ def _sources(state: Mapping[str, Any]) -> str:
 
 def _layout(config: Mapping[str, Any], ranks: int | None) -> str:
     """Ranks, and the options of the layout that are not what they are by default."""
-    parallel = {key: value for key, value in config["parallel"].items() if key not in ("timeout", "vocab_multiple")}
-    sizes = [f"{key} {value}" for key, value in parallel.items() if value not in (None, False, 1)]
-    return ", ".join([f"{'?' if ranks is None else ranks} rank(s)", *sizes])
+    usual = asdict(ParallelConfig())
+    chosen = [
+        f"{key} {value}"
+        for key, value in config["parallel"].items()
+        if key not in ("dp", "timeout", "vocab_multiple", "bucket_mb") and value != usual.get(key)
+    ]
+    return ", ".join([f"{'?' if ranks is None else ranks} rank(s)", *chosen])
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

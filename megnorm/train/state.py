@@ -12,7 +12,7 @@ from torch import Tensor
 from megnorm.checkpoint import io
 from megnorm.checkpoint.shard import Shard
 from megnorm.config import to_dict
-from megnorm.parallel.layout import Named
+from megnorm.parallel.layout import Piece
 from megnorm.train import report
 from megnorm.train.build import Run, open_data
 
@@ -22,23 +22,18 @@ log = logging.getLogger("megnorm")
 def shards(run: Run, *, owned: bool) -> list[Shard]:
     """Weights (fp32 masters where they exist) and moments; owned: only slices that this rank must write."""
     return [
-        Shard(name, tensor, n.matrix.shape, n.matrix.offset)
-        for name, n, tensor in _tensors(run)
-        if _mine(run, n, owned)
+        Shard(name, view, piece.named.matrix.shape, offset)
+        for name, piece, tensor in _tensors(run)
+        if not owned or (piece.named.matrix.owner and (run.flat.shard or run.mesh.dp.rank == 0))
+        for offset, view in piece.boxes(tensor)
     ]
 
 
-def _mine(run: Run, named: Named, owned: bool) -> bool:
-    return not owned or (named.matrix.owner and run.mesh.dp.rank == 0)
-
-
-def _tensors(run: Run) -> Iterator[tuple[str, Named, Tensor]]:
-    for n in run.named:
-        master = run.optimizer.masters[n.name]
-        if master.numel():
-            yield n.name, n, master
+def _tensors(run: Run) -> Iterator[tuple[str, Piece, Tensor]]:
+    for piece in run.flat.pieces:
+        yield piece.named.name, piece, piece.master
     for state in run.optimizer.states():
-        yield f"optim.{state.kind}.{state.named.name}", state.named, state.tensor
+        yield f"optim.{state.kind}.{state.piece.named.name}", state.piece, state.tensor
 
 
 def meta(run: Run) -> dict[str, Any]:
@@ -67,7 +62,7 @@ def resume(run: Run, folder: Path) -> Path:
     if {run.plan.config.train.precision, record["config"]["train"]["precision"]} == {"fp16"}:
         run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
     run.optimizer.set_updates(run.updates)
-    run.optimizer.lower()
+    run.flat.publish()
     run.train_data = open_data(run.plan, "train", record["data"])
     for line in report.lines(run.plan, loaded):
         log.info("%s", line)
@@ -82,7 +77,7 @@ def start_from(run: Run, source: Path) -> None:
         raise io.CheckpointError(f"checkpoint.init_from: {folder} holds no whole checkpoint; name another run")
     weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith("optim.")]
     io.load(path, weights, verify=run.plan.config.checkpoint.verify, convert=True)
-    run.optimizer.lower()
+    run.flat.publish()
     log.info("weights from %s; optimizer, data and step start anew", path)
 
 

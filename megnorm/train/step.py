@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation."""
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from megnorm.models.causal import Tokens
 from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
 from megnorm.parallel.collectives import all_reduce
-from megnorm.parallel.layout import reduce_replicated_grads
+from megnorm.parallel.config import ParallelConfig
+from megnorm.parallel.schedule import Action, Schedule, forward_only, make_schedule
 from megnorm.train.build import Run, Samples
 from megnorm.train.config import TrainConfig
 
@@ -48,20 +50,25 @@ def train_step(run: Run) -> StepResult:
     run.observer.begin(step)
     batch = _own_rows(run, run.train_data, run.consumed)
     tokens = _global_tokens(run, batch)
-    run.model.train()
-    run.buffer.zero()
-    total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
-    for i, part in enumerate(micro_batches(batch, config.train, run.mesh.device)):
-        run.rng.start(config.train.seed, step, i, run.mesh.dp.rank, run.mesh.pp.rank, tp_rank=run.mesh.tp.rank)
-        loss = run.model(part) / tokens
-        (loss * run.scale.scale).backward()
-        total += loss.detach()
-    all_reduce(total, run.mesh.dp)
-    run.buffer.reduce(run.mesh)
-    reduce_replicated_grads(run.buffer.params, run.mesh)
+    parts = list(micro_batches(batch, config.train, run.mesh.device))
+    run.flat.zero()
+    set_training(run, True)
+
+    def before(action: Action, final: bool) -> None:
+        run.rng.begin(config.train.seed, step, action.micro_batch, run.mesh.dp.rank, run.mesh.tp.rank)
+        if final:
+            run.flat.expect(action.stage)
+
+    schedule = _schedule(config.parallel, len(parts))
+    total = run.pipeline.run(schedule, parts, weight=1.0 / tokens, scale=run.scale.scale, before=before)
+    for axis in (run.mesh.pp, run.mesh.dp):
+        all_reduce(total, axis)
+    run.flat.finish()
     if run.scale.scale != 1.0:
-        run.buffer.flat.mul_(1.0 / run.scale.scale)
-    norm = float(global_norm(run.named, run.mesh))
+        run.flat.scale_grads(1.0 / run.scale.scale)
+    if run.observer.active:
+        run.flat.gather_grads()
+    norm = float(global_norm(run.flat.pieces, run.mesh, sharded=run.flat.shard))
     run.observer.before_update()
     finite = math.isfinite(norm)
     lr = learning_rate(config.optim, run.updates + 1, config.train.steps)
@@ -76,6 +83,8 @@ def train_step(run: Run) -> StepResult:
     if config.train.precision == "fp16":
         run.scale.update(finite)
     run.step, run.consumed = step, run.consumed + config.train.global_batch
+    if run.observer.active:
+        run.flat.wait_weights()
     probes = run.observer.collect()
     return StepResult(float(total), tokens, norm, lr, time.perf_counter() - begin, not finite, probes)
 
@@ -84,15 +93,28 @@ def train_step(run: Run) -> StepResult:
 def evaluate(run: Run) -> float:
     """Mean loss in nats over the first ``eval_batches`` batches of the validation split; the same samples every time."""
     assert run.valid_data is not None
-    t, mesh = run.plan.config.train, run.mesh
-    run.model.eval()
+    config, mesh = run.plan.config, run.mesh
+    t = config.train
+    set_training(run, False)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for i in range(t.eval_batches):
         batch = _own_rows(run, run.valid_data, i * t.global_batch)
-        for part in micro_batches(batch, t, mesh.device):
-            sums += torch.stack([run.model(part).double(), part.loss_mask.sum().double()])
+        parts = list(micro_batches(batch, t, mesh.device))
+        schedule = forward_only(config.parallel.pp, config.parallel.virtual_stages, len(parts))
+        loss = run.pipeline.run(schedule, parts)
+        sums += torch.stack([all_reduce(loss, mesh.pp), batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))
+
+
+@functools.lru_cache(maxsize=64)
+def _schedule(parallel: ParallelConfig, micro_batches: int) -> Schedule:
+    return make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, micro_batches)
+
+
+def set_training(run: Run, mode: bool) -> None:
+    for stage in run.stages.values():
+        stage.train(mode)
 
 
 def micro_batches(batch: Batch, train: TrainConfig, device: torch.device) -> Iterator[Tokens]:
@@ -128,6 +150,7 @@ def _global_tokens(run: Run, batch: Batch) -> int:
 def _update(run: Run, norm: float, lr: float) -> None:
     factor = clip_factor(torch.tensor(norm), run.plan.config.optim.clip)
     if factor != 1.0:
-        run.buffer.flat.mul_(factor)
+        run.flat.scale_grads(factor)
     run.optimizer.step(lr)
+    run.flat.publish()
     run.updates += 1

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from megnorm.config import RunConfig
 from megnorm.layers import embedding, linear, loss, norm
 from megnorm.norms.sites import STREAM_SITES, Placement, placement
 from megnorm.optim import clip
-from megnorm.parallel import collectives
+from megnorm.parallel import collectives, data_parallel, pipeline
 from megnorm.parallel.layout import Layout, layout_of, named_matrices
 from megnorm.parallel.mesh import Axis, Mesh
 from megnorm.plan import make_plan
@@ -49,49 +48,44 @@ def gradient_sum(pattern: str, axis: str | None) -> Mutation:
 
     @contextmanager
     def mutation() -> Iterator[None]:
-        build, hits = parity.build_trained_model, []
+        build, hits = parity.build_stages, []
 
         def broken(*args: Any) -> Any:
-            model, rng = build(*args)
-            chosen = {id(n.matrix) for n in named_matrices(model) if re.fullmatch(pattern, n.name)}
-            for param in model.parameters():
+            stages, rng = build(*args)
+            chosen = {id(n.matrix) for n in named_matrices(*stages.values()) if re.fullmatch(pattern, n.name)}
+            for param in (param for stage in stages.values() for param in stage.parameters()):
                 held = layout_of(param).matrices
                 hits.extend(m for m in held if id(m) in chosen and m.grad_sum != axis)
                 param.megnorm_layout = Layout(  # type: ignore[attr-defined]
                     tuple(replace(m, grad_sum=axis) if id(m) in chosen else m for m in held)
                 )
-            return model, rng
+            return stages, rng
 
-        with mock.patch.object(parity, "build_trained_model", broken):
+        with mock.patch.object(parity, "build_stages", broken):
             yield
         assert hits, f"nothing to break: no gradient matching {pattern} is summed otherwise than over {axis}"
 
     return mutation
 
 
-def reduced_twice(pattern: str) -> Mutation:
-    """The gradient sum of the tensors that match runs a second time."""
+def reduced_twice(role: str) -> Mutation:
+    """The gradient sum of the matrices of a role runs a second time."""
 
     @contextmanager
     def mutation() -> Iterator[None]:
-        reduce, build, found = parity.reduce_replicated_grads, parity.build_trained_model, []
-
-        def broken_build(*args: Any) -> Any:
-            model, rng = build(*args)
-            found.extend(n for n in named_matrices(model) if re.fullmatch(pattern, n.name) and n.matrix.grad_sum)
-            return model, rng
+        reduce, found = data_parallel.reduce_replicated_grads, []
 
         def broken(params: Any, mesh: Mesh) -> None:
             reduce(params, mesh)
-            for n in found:
-                collectives.all_reduce(n.view(n.param.main_grad), mesh.axis(n.matrix.grad_sum or ""))
+            for param in params:
+                for matrix in layout_of(param).matrices:
+                    if matrix.grad_sum and matrix.role == role:
+                        found.append(matrix)
+                        collectives.all_reduce(matrix.view(param.main_grad), mesh.axis(matrix.grad_sum))
 
-        with (
-            mock.patch.object(parity, "build_trained_model", broken_build),
-            mock.patch.object(parity, "reduce_replicated_grads", broken),
-        ):
+        with mock.patch.object(data_parallel, "reduce_replicated_grads", broken):
             yield
-        assert found, f"nothing to break: no gradient matching {pattern} is summed"
+        assert found, f"nothing to break: no gradient of a {role} is summed"
 
     return mutation
 
@@ -164,25 +158,80 @@ def _sliced_gradient(x: Tensor, axis: Axis) -> Tensor:
     return collectives.gather_sequence(x, axis, partial=False)
 
 
-def _norm_of_all_holders(named: Any, mesh: Mesh) -> Tensor:
+def _norm_of_all_holders(pieces: Any, mesh: Mesh, **options: Any) -> Tensor:
     """The clip norm with every rank counting what it holds, owner or not."""
-    return clip.global_norm([replace(n, matrix=replace(n.matrix, owner=True)) for n in named], mesh)
+    held = [replace(p.named, matrix=replace(p.named.matrix, owner=True)) for p in pieces]
+    return clip.global_norm([replace(p, named=n) for p, n in zip(pieces, held, strict=True)], mesh, **options)
 
 
-def _mean_of_means(plan: Any, mesh: Mesh, model: Any, buffer: Any, step: int) -> float:
-    """A step in which every micro-batch weighs the same, however many of its tokens have a loss."""
-    parts = [parity.random_batch(plan.config, step, i) for i in range(parity.PARTS)]
-    buffer.zero()
-    total = torch.zeros((), dtype=torch.float64)
-    for part in parts[mesh.dp.rank :: mesh.dp.size]:
-        value = model(part) / part.loss_mask.sum() / parity.PARTS
-        value.backward()
-        total += value.detach()
-    if mesh.dp.size > 1:
-        dist.all_reduce(total, group=mesh.dp.group)
-    buffer.reduce(mesh)
-    parity.reduce_replicated_grads(buffer.params, mesh)
-    return float(total)
+def _norm_of_own_range(pieces: Any, mesh: Mesh, **options: Any) -> Tensor:
+    """The clip norm of the range that this rank updates."""
+    return clip.global_norm(pieces, mesh, sharded=False)
+
+
+@contextmanager
+def _mean_of_means() -> Iterator[None]:
+    """Every micro-batch weighs the same, however many of its tokens have a loss."""
+    run = parity.Pipeline.run
+
+    def broken(self: Any, schedule: Any, parts: Any, **options: Any) -> Tensor:
+        even = [replace(p, loss_mask=p.loss_mask / p.loss_mask.sum() / parity.PARTS) for p in parts]
+        return run(self, schedule, even, **{**options, "weight": 1.0})
+
+    with mock.patch.object(parity.Pipeline, "run", broken):
+        yield
+
+
+@contextmanager
+def _last_stage_alone_sums_nothing() -> Iterator[None]:
+    """Both copies of a tied embedding keep their own gradients."""
+    axis = Mesh.axis
+    with mock.patch.object(Mesh, "axis", lambda self, name: Axis(name) if name == "ends" else axis(self, name)):
+        yield
+
+
+@contextmanager
+def _every_backward_is_reduced() -> Iterator[None]:
+    """Buckets are summed over dp during the first backward, not the last."""
+    run = parity.Pipeline.run
+
+    def broken(self: Any, schedule: Any, parts: Any, *, before: Any, **options: Any) -> Tensor:
+        return run(self, schedule, parts, before=lambda action, final: before(action, action.kind == "B"), **options)
+
+    with mock.patch.object(parity.Pipeline, "run", broken):
+        yield
+
+
+@contextmanager
+def _own_range_not_published() -> Iterator[None]:
+    """Other ranks' updates never arrive."""
+    publish = data_parallel.DataParallel.publish
+
+    def broken(self: Any) -> None:
+        self.shard, kept = False, self.shard
+        publish(self)
+        self.shard = kept
+
+    with mock.patch.object(data_parallel.DataParallel, "publish", broken):
+        yield
+
+
+@contextmanager
+def _messages_of_another_micro_batch() -> Iterator[None]:
+    """A stage takes what the micro-batch before left, from the second on."""
+    receive = pipeline._Messages.receive
+    kept: dict[Any, Tensor] = {}
+
+    def broken(self: Any, action: Any) -> Tensor | None:
+        message = receive(self, action)
+        if message is not None and action.kind == "F":
+            stale = kept.get(action.stage, message)
+            kept[action.stage] = message.clone()
+            return stale.clone()
+        return message
+
+    with mock.patch.object(pipeline._Messages, "receive", broken):
+        yield
 
 
 def _patched(target: Any, name: str, value: Any) -> Mutation:
@@ -203,7 +252,7 @@ MUTATIONS: dict[str, Mutation] = {
     "statistics not summed in backward": _patched(norm.NormLayer, "_reduce", _reduce_forward_only),
     "replicated kv heads counted by each rank": _heads_counted_by_each_replica,
     "bias on every rank": _patched(linear.RowParallelLinear, "forward", _bias_on_every_rank),
-    "head scale summed twice": reduced_twice(r".*\.head_scale"),
+    "head scale summed twice": reduced_twice("scale"),
     "head scale not summed": gradient_sum(r".*\.head_scale", None),
     "head scale summed once too often": gradient_sum(r".*\.head_scale", "tp"),
     "kv weights not summed over replicas": gradient_sum(r".*\.attention\.[kv]\.weight", None),
@@ -220,5 +269,10 @@ MUTATIONS: dict[str, Mutation] = {
     "rows of other ranks not zeroed": _patched(embedding.TokenEmbedding, "forward", _first_labels_only),
     "head gradient sliced, not summed": _patched(embedding, "gather_sequence", _sliced_gradient),
     "clip norm counts replicas": _patched(parity, "global_norm", _norm_of_all_holders),
-    "mean of micro-batch means": _patched(parity, "_forward_backward", _mean_of_means),
+    "clip norm of one range": _patched(parity, "global_norm", _norm_of_own_range),
+    "mean of micro-batch means": _mean_of_means,
+    "tied embedding not summed over the ends": _last_stage_alone_sums_nothing,
+    "buckets summed before the last backward": _every_backward_is_reduced,
+    "updated weights not gathered": _own_range_not_published,
+    "a stage takes an old message": _messages_of_another_micro_batch,
 }

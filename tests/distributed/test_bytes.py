@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megnorm.config import RunConfig
-from megnorm.parallel.data_parallel import GradBuffer
 from megnorm.parallel.layout import reduce_replicated_grads
 from megnorm.plan import make_plan
-from megnorm.train.build import build_trained_model, mesh_of
+from megnorm.train.build import build_stages, flatten, mesh_of
 from tests.distributed import cases
 from tests.distributed.counter import Message, counting
 from tools import parity
@@ -32,13 +31,13 @@ def count(rank: int, world: int, config: RunConfig) -> tuple[Counter[Message], C
     """Messages of one forward and backward pass, and of the sum of replicated parameters' gradients after it."""
     plan = make_plan(config, world)
     mesh = mesh_of(plan, torch.device("cpu"))
-    model, _ = build_trained_model(plan, mesh)
-    buffer = GradBuffer(list(model.parameters()), next(model.parameters()).dtype)
+    stages, _ = build_stages(plan, mesh)
+    flat = flatten(plan, mesh, stages)
     batch = parity.random_batch(config, 0, 0)
     with counting() as passes:
-        model(batch).backward()
+        stages[0](batch).backward()
     with counting() as sums:
-        reduce_replicated_grads(buffer.params, mesh)
+        reduce_replicated_grads(flat.params, mesh)
     return passes.messages, sums.messages
 
 

@@ -12,6 +12,8 @@ from tools import parity
 RED = 1e-6  # four orders above the tolerance of float64
 
 # mutation: the case that shows it. Keys as in cases.config, and options of the scheme.
+REPLICAS = {"scheme": "preln", "tp": 1, "dp": 2, "sequence_parallel": None}
+STAGES = {"scheme": "preln", "tp": 1, "pp": 2, "sequence_parallel": None}
 HYBRID = {"scheme": "hybridnorm", "tp": 2, "sequence_parallel": True, "kv": 2}
 SHOWN_BY: dict[str, dict[str, Any]] = {
     "head gains of q not summed": HYBRID,
@@ -44,7 +46,12 @@ SHOWN_BY: dict[str, dict[str, Any]] = {
     "rows of other ranks not zeroed": {"scheme": "preln", "sequence_parallel": False},
     "head gradient sliced, not summed": {"scheme": "preln"},
     "clip norm counts replicas": {"scheme": "preln"},
-    "mean of micro-batch means": {"scheme": "preln", "tp": 1, "dp": 2, "sequence_parallel": None},
+    "mean of micro-batch means": {**REPLICAS},
+    "clip norm of one range": {**REPLICAS},
+    "buckets summed before the last backward": {**REPLICAS, "zero": 0},
+    "updated weights not gathered": {**REPLICAS},
+    "tied embedding not summed over the ends": {**STAGES, "model": "gpt2"},
+    "a stage takes an old message": {**STAGES},
 }
 # the same mistake where it looks different
 MORE: list[tuple[str, dict[str, Any]]] = [
@@ -66,7 +73,9 @@ def measure(ranks: Any, case: dict[str, Any], mutation: str | None) -> parity.Di
         config = replace(config, model=replace(config.model, norm=replace(config.model.norm, options=options)))
     key = repr((config, mutation))
     if key not in MEASURED:
-        MEASURED[key] = ranks(case["tp"] * case.get("dp", 1)).run(compare_broken, config, mutation, 2)[0]
+        MEASURED[key] = ranks(case["tp"] * case.get("dp", 1) * case.get("pp", 1)).run(
+            compare_broken, config, mutation, 2
+        )[0]
     return MEASURED[key]
 
 
@@ -85,7 +94,7 @@ def test_parity_sees_a_broken_build(ranks: Any, mutation: str, case: dict[str, A
 @pytest.mark.full
 @pytest.mark.parametrize(("mutation", "case"), EVERY, ids=[f"{m} ({c['scheme']})" for m, c in EVERY])
 def test_parity_sees_it_on_four_ranks(ranks: Any, mutation: str, case: dict[str, Any]) -> None:
-    layout = {"dp": 4} if "dp" in case else {"tp": 4}
+    layout = {"dp": 4} if "dp" in case else {"tp": 2} if "pp" in case else {"tp": 4}
     assert measure(ranks, {**case, **layout}, mutation).worst > RED
 
 

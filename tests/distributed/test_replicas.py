@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megnorm.config import RunConfig
+from megnorm.parallel.layout import named_matrices
 from megnorm.plan import make_plan
 from megnorm.train.build import Run, build
 from megnorm.train.step import train_step
@@ -24,13 +25,15 @@ def digest(x: Tensor) -> str:
 
 def slices(run: Run) -> dict[Slice, str]:
     """A digest of everything that this rank holds of weights, masters and moments, by the logical slice it is."""
+    run.flat.wait_weights()
     found = {}
-    for n in run.named:
-        for kind, tensor in (("weight", n.view()), ("master", run.optimizer.masters[n.name])):
-            found[kind, n.name, n.matrix.offset, n.matrix.local] = digest(tensor)
-    for state in run.optimizer.states():
-        matrix = state.named.matrix
-        found[state.kind, state.named.name, matrix.offset, matrix.local] = digest(state.tensor)
+    for n in named_matrices(*run.stages.values()):
+        found["weight", n.name, n.matrix.offset, n.matrix.local] = digest(n.view())
+    held = [("master", piece, piece.master) for piece in run.flat.pieces]
+    held += [(state.kind, state.piece, state.tensor) for state in run.optimizer.states()]
+    for kind, piece, tensor in held:
+        for offset, view in piece.boxes(tensor):
+            found[kind, piece.named.name, offset, tuple(view.shape)] = digest(view)
     return found
 
 
@@ -110,10 +113,11 @@ def test_replicas_stay_equal_on_four_ranks(
     assert held_by(holders, "blocks.0.attention.q.weight") == {1}
 
 
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-def test_data_parallel_replicas_stay_equal(ranks: Any, tmp_path: Path, precision: str) -> None:
-    holders = check(ranks, tmp_path, "hybridnorm", precision=precision, dp=2)
-    assert set(holders.values()) == {2}
+@pytest.mark.parametrize(("precision", "zero"), (("fp32", 1), ("bf16", 1), ("bf16", 0)))
+def test_data_parallel_replicas_stay_equal(ranks: Any, tmp_path: Path, precision: str, zero: int) -> None:
+    holders = check(ranks, tmp_path, "hybridnorm", precision=precision, dp=2, zero=zero)
+    assert {count for place, count in holders.items() if place[0] == "weight"} == {2}
+    assert {count for place, count in holders.items() if place[0] != "weight"} == {2 - zero}
 
 
 @pytest.mark.full

@@ -57,7 +57,7 @@ def test_norms_of_matrices_layers_roles_and_of_the_whole(tied: bool) -> None:
     model = build_model(cfg)
     tokens = torch.randint(0, 30, (8, 2))
     before = {named.name: named.view().double().clone() for named in named_matrices(model)}
-    got = observe(model, Tokens(tokens, tokens, torch.ones(8, 2)), Observer(model, EVERYTHING, every=1))
+    got = observe(model, Tokens(tokens, tokens, torch.ones(8, 2)), Observer([model], EVERYTHING, every=1))
     grads = {named.name: named.view(named.param.grad).double() for named in named_matrices(model)}  # type: ignore[arg-type]
     assert {name.removeprefix("grad_norm/") for name in got if name.startswith("grad_norm/")} == {
         *grads, "layer.0", "layer.1",
@@ -82,7 +82,7 @@ def test_norms_of_matrices_layers_roles_and_of_the_whole(tied: bool) -> None:
 
 def test_gradients_are_read_from_main_grad_where_there_is_one() -> None:
     model, batch = model_and_batch()
-    observer = Observer(model, ("grad_norm",), every=1)
+    observer = Observer([model], ("grad_norm",), every=1)
     observer.begin(1)
     backward(model, batch)
     for param in model.parameters():
@@ -101,7 +101,7 @@ def test_activations_of_stream_branch_and_norms(scheme: str) -> None:
         return lambda module, inputs, output: seen.update({name: (inputs[0], output)})
 
     handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
-    got = observe(model, batch, Observer(model, EVERYTHING, every=1))
+    got = observe(model, batch, Observer([model], EVERYTHING, every=1))
     for handle in handles:
         handle.remove()
     assert got["stream_rms/embed"] == pytest.approx(rms(seen["embed"][1]), rel=1e-5)
@@ -122,7 +122,7 @@ def test_activations_of_stream_branch_and_norms(scheme: str) -> None:
 
 def test_micro_batches_are_pooled_by_their_elements() -> None:
     model, batch = model_and_batch()
-    observer = Observer(model, ("stream_rms",), every=1)
+    observer = Observer([model], ("stream_rms",), every=1)
     outputs: list[Tensor] = []
     handle = model.embed.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     observer.begin(1)
@@ -136,7 +136,7 @@ def test_micro_batches_are_pooled_by_their_elements() -> None:
 
 def test_steps_between_probes_cost_nothing() -> None:
     model, batch = model_and_batch()
-    observer = Observer(model, EVERYTHING, every=3)
+    observer = Observer([model], EVERYTHING, every=3)
 
     def hooks() -> int:
         return sum(len(module._forward_hooks) for module in model.modules())
@@ -148,14 +148,14 @@ def test_steps_between_probes_cost_nothing() -> None:
         assert hooks() == 0
         assert bool(observer.collect()) == (step % 3 == 0)
         assert not observer._before and not observer._vectors and not observer._squares
-    assert not Observer(model, EVERYTHING, every=0).begin(3)
+    assert not Observer([model], EVERYTHING, every=0).begin(3)
 
 
 def test_probing_does_not_change_the_training() -> None:
     weights = []
     for every in (0, 1):
         model, batch = model_and_batch()
-        observer = Observer(model, EVERYTHING, every=every)
+        observer = Observer([model], EVERYTHING, every=every)
         for step in range(1, 3):
             observe(model, batch, observer, step)
             model.zero_grad()
@@ -187,7 +187,7 @@ def test_split_matrices_count_each_element_once() -> None:
         model = half(rank)
         for param in model.parameters():
             param.grad = param.detach() * 2
-        observer = Observer(model, ("grad_norm", "update_ratio", "norm_gain"), every=1, reduce_sum=reduce)
+        observer = Observer([model], ("grad_norm", "update_ratio", "norm_gain"), every=1, reduce_sum=reduce)
         observer.begin(1)
         observer.before_update()
         with torch.no_grad():
@@ -225,7 +225,7 @@ def tp_values(rank: int, world: int) -> dict[str, float]:
     def total(tensor: Tensor) -> Tensor:
         return all_reduce(tensor, mesh.tp)
 
-    observer = Observer(model, EVERYTHING, every=1, reduce_sum=total, reduce_activations=total)
+    observer = Observer([model], EVERYTHING, every=1, reduce_sum=total, reduce_activations=total)
     observer.begin(1)
     model(Tokens(tokens, tokens, torch.ones(8, 2))).backward()
     for named in named_matrices(model):
@@ -247,9 +247,9 @@ def test_tensor_and_sequence_parallel_ranks_see_the_numbers_of_one(ranks: Callab
 def test_pipeline_stages_are_joined_and_roles_added_over_them() -> None:
     model, batch = model_and_batch()
     other = {"grad_norm/role.q": (9.0, 0.0), "grad_norm/layer.7": (4.0, 0.0), "stream_rms/blocks.7.ffn": (8.0, 2.0)}
-    alone = observe(model, batch, Observer(model, ("grad_norm", "stream_rms"), every=1))
+    alone = observe(model, batch, Observer([model], ("grad_norm", "stream_rms"), every=1))
     model, batch = model_and_batch()
-    joined = Observer(model, ("grad_norm", "stream_rms"), every=1, gather=lambda mine: [mine, other])
+    joined = Observer([model], ("grad_norm", "stream_rms"), every=1, gather=lambda mine: [mine, other])
     got = observe(model, batch, joined)
     assert got["grad_norm/role.q"] == pytest.approx(math.hypot(alone["grad_norm/role.q"], 3.0))
     assert (got["grad_norm/layer.7"], got["stream_rms/blocks.7.ffn"]) == (2.0, 2.0)
@@ -260,7 +260,7 @@ def test_small_and_broken_gradients_are_told_apart() -> None:
     model = half(0)
     model.qkv.weight.grad = torch.full((4, 3), 1e-30)  # type: ignore[union-attr]
     model.norm.weight.grad = torch.tensor([1.0, math.nan, 0.0])  # type: ignore[union-attr]
-    observer = Observer(model, ("grad_norm",), every=1)
+    observer = Observer([model], ("grad_norm",), every=1)
     observer.begin(1)
     observer.before_update()
     got = observer.collect()

@@ -1,0 +1,172 @@
+"""One executor for every pipeline schedule: runs a rank's actions, and sends and receives what lies between stages.
+
+A message is what one stage hands to the next for one micro-batch: the residual stream forward (kind F), its gradient
+backward (kind B). Receives are posted ahead of the action that needs them and sends are not waited for, so that messages
+travel while stages compute.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.schedule import Action, Schedule
+
+AHEAD = 2  # receives that are posted before their action is due
+
+
+class Stage(Protocol):
+    """What the executor asks of a stage."""
+
+    def __call__(self, batch: Any, carry: Tensor | None) -> Tensor:
+        """carry: what the stage before gave, None for the first. The last stage gives a scalar loss."""
+        ...
+
+    def edge(self, batch: Any) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what travels between stages for this micro-batch."""
+        ...
+
+
+class Pipeline:
+    """The stages of this rank, by global index, and their neighbours' messages."""
+
+    def __init__(self, stages: Mapping[int, Stage], mesh: Mesh) -> None:
+        self.stages, self.mesh = stages, mesh
+        _open_lanes(mesh)
+
+    def run(
+        self,
+        schedule: Schedule,
+        batches: Sequence[Any],
+        *,
+        weight: float = 1.0,
+        scale: float = 1.0,
+        before: Callable[[Action, bool], None] = lambda action, final: None,
+    ) -> Tensor:
+        """Run a step's micro-batches; the sum of weight * loss over them, 0 where the last stage is elsewhere.
+
+        Gradients are those of scale * weight * loss. before: called with each action before it computes, and whether it
+        is the last backward of its stage.
+        """
+        last = schedule.stages - 1
+        actions = schedule.actions[self.mesh.pp.rank]
+        messages = _Messages(schedule, actions, self.stages, batches, self.mesh)
+        final = set({action.stage: action for action in actions if action.kind == "B"}.values())
+        inputs: dict[tuple[int, int], Tensor] = {}
+        outputs: dict[tuple[int, int], GradientEdge] = {}
+        loss_grad: Tensor | None = None
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for action in actions:
+            place = (action.stage, action.micro_batch)
+            arrived = messages.receive(action)
+            before(action, action in final)
+            if action.kind == "F":
+                carry = None if arrived is None else arrived.requires_grad_(torch.is_grad_enabled())
+                output = self.stages[action.stage](batches[action.micro_batch], carry)
+                if action.stage == last:
+                    output = output * weight
+                    total += output.detach()
+                else:
+                    messages.send(action, output.detach())
+                if torch.is_grad_enabled():
+                    if carry is not None:
+                        inputs[place] = carry
+                    # Backward needs the output's place in the graph, not its values: they are free once sent.
+                    outputs[place] = get_gradient_edge(output)
+                    if action.stage == last:
+                        loss_grad = torch.full_like(output, scale)
+                del output
+            else:
+                grad = loss_grad if arrived is None else arrived
+                assert grad is not None
+                torch.autograd.backward([outputs.pop(place)], [grad])
+                if action.stage > 0:
+                    received = inputs.pop(place).grad
+                    assert received is not None
+                    messages.send(action, received)
+        messages.finish()
+        return total
+
+
+class _Messages:
+    """The messages of one rank during one run of its actions."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        actions: Sequence[Action],
+        stages: Mapping[int, Stage],
+        batches: Sequence[Any],
+        mesh: Mesh,
+    ) -> None:
+        self.schedule, self.mesh, self.batches = schedule, mesh, batches
+        self.stage = next(iter(stages.values()))
+        self.due = deque(action for action in actions if schedule.source(action) is not None)
+        self.posted: dict[Action, tuple[Tensor, dist.Work]] = {}
+        self.sent: list[tuple[Tensor, dist.Work]] = []
+
+    def receive(self, action: Action) -> Tensor | None:
+        """What the action needs of another rank; posts the receives of the actions behind it."""
+        while self.due and len(self.posted) < AHEAD:
+            self._post(self.due.popleft())
+        if self.schedule.source(action) is None:
+            return None
+        message, work = self.posted.pop(action)
+        if self.due:
+            self._post(self.due.popleft())
+        work.wait()
+        return message
+
+    def _post(self, action: Action) -> None:
+        source = self.schedule.source(action)
+        assert source is not None
+        shape, dtype = self.stage.edge(self.batches[action.micro_batch])
+        message = torch.empty(shape, dtype=dtype, device=self.mesh.device)
+        rank = self.schedule.placement[source.stage]
+        work = dist.irecv(message, group_src=rank, group=self._group(action.kind, rank), tag=self._tag(action))
+        assert work is not None
+        self.posted[action] = message, work
+
+    def send(self, action: Action, message: Tensor) -> None:
+        """Hand an action's result to the stage that follows it (F) or precedes it (B)."""
+        target = self.schedule.target(action)
+        assert target is not None
+        rank = self.schedule.placement[target.stage]
+        message = message.contiguous()
+        group = self._group(action.kind, self.mesh.pp.rank)
+        work = dist.isend(message, group_dst=rank, group=group, tag=self._tag(target))
+        assert work is not None
+        self.sent = [(tensor, old) for tensor, old in self.sent if not old.is_completed()]
+        self.sent.append((message, work))
+
+    def _tag(self, action: Action) -> int:
+        """One number for every message of a step."""
+        return (action.micro_batch * self.schedule.stages + action.stage) * 2 + (action.kind == "B")
+
+    def _group(self, kind: str, sender: int) -> dist.ProcessGroup | None:
+        return self.mesh.lanes.get((kind, sender % 2), self.mesh.pp.group)
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        for _, work in self.sent:
+            work.wait()
+        self.sent = []
+
+
+def _open_lanes(mesh: Mesh) -> None:
+    """Send one element over every lane. The first message of a pair of ranks makes their NCCL communicator, for which both
+    must be there: a receive posted ahead would wait for a sender that is not due yet.
+    """
+    pp, token = mesh.pp, torch.zeros(1, device=mesh.device)
+    for (kind, parity), group in sorted(mesh.lanes.items(), key=lambda lane: lane[0]):
+        step = 1 if kind == "F" else -1
+        source, target = (pp.rank - step) % pp.size, (pp.rank + step) % pp.size
+        if pp.rank % 2 == parity:
+            dist.send(token, group_dst=target, group=group)
+        if source % 2 == parity:
+            dist.recv(token, group_src=source, group=group)
