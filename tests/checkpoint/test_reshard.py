@@ -1,6 +1,6 @@
 """Any layout goes on from any other's checkpoint: the next losses are the same number, of the same samples.
 
-A layout is a line of LAYOUTS. What the plan refuses is skipped with the plan's own sentence.
+A layout is a line of LAYOUTS; one that the plan refuses is left out, by its own word.
 """
 
 import math
@@ -158,10 +158,5 @@ def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp
     check(ranks, tmp_path, scheme, dict.fromkeys(TAKEN, TAKEN), 10)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in TAKEN])
-def test_a_layout_that_the_plan_refuses(layout: str) -> None:
-    pytest.skip(f"{layout}: {refusal(layout)}")
-
-
 def test_there_are_enough_layouts() -> None:
-    assert len(TAKEN) >= 12
+    assert len(TAKEN) >= 12, {layout: refusal(layout) for layout in LAYOUTS}

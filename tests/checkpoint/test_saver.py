@@ -81,7 +81,28 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
     other_rank = Saver(CheckpointConfig(), tmp_path, 1, 2)
     with pytest.raises(CheckpointError, match=r"another run writes its checkpoints to .*; end it, or set train\.out"):
         Saver(CheckpointConfig(), tmp_path)
-    del first, other_rank
+    first.close()
+    with Saver(CheckpointConfig(), tmp_path), pytest.raises(CheckpointError, match="another run"):
+        Saver(CheckpointConfig(), tmp_path)
+    Saver(CheckpointConfig(), tmp_path)
+    other_rank.close()
+
+
+def test_a_folder_is_held_while_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    real = saver.save
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        assert gate.wait(10)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(saver, "save", slow)
+    with Saver(CheckpointConfig(), tmp_path) as saving:  # as when an error of the training ends it
+        saving.save(1, whole(state()), {})
+    with pytest.raises(CheckpointError, match="another run"):
+        Saver(CheckpointConfig(), tmp_path)
+    gate.set()
+    saving.wait()
     Saver(CheckpointConfig(), tmp_path)
 
 
