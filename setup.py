@@ -38,6 +38,7 @@ setup(
         "tokenizers>=0.20",
         "torch>=2.7",
         "tqdm>=4.66",
+        "xxhash>=3.4",
     ],
     extras_require={
         "hf": HF,

@@ -118,10 +118,12 @@ def _is_ours(error: BaseException) -> bool:
 def _fit(run: Run, where: launch.World) -> int:
     config = run.plan.config
     out = Path(config.train.out)
-    saver = Saver(config.checkpoint, out / "checkpoints", rank=where.rank, world=where.size, barrier=run.barrier)
     total, resume = config.train.steps, run.step
     plain = configs.to_dict(config)
-    with Sinks(config.metrics, out, total, resume_step=resume, rank=where.rank, run_config=plain) as sinks:
+    with (
+        Saver(config.checkpoint, out / "checkpoints", where.rank, where.size, run.barrier) as saver,
+        Sinks(config.metrics, out, total, resume_step=resume, rank=where.rank, run_config=plain) as sinks,
+    ):
         if where.rank == 0:
             configs.save(config, out / "config.yaml")
         return fit(run, saver, sinks)
