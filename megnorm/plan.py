@@ -23,7 +23,7 @@ LEAST: dict[str, dict[str, int]] = {
     "train": dict.fromkeys(
         ("steps", "sequence_length", "global_batch", "micro_batch", "log_every", "threads", "stop_after"), 1
     )
-    | dict.fromkeys(("eval_every", "eval_batches"), 0),
+    | dict.fromkeys(("eval_every", "eval_batches", "check_replicas_every"), 0),
 }
 POSITIVE = ("model.rope_theta", "parallel.timeout", "optim.power")
 
@@ -61,6 +61,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     for section in ("parallel", "optim", "train"):
         _check_ranges(config, section)
     _check_optim(config)
+    _check_guard(config)
     schedule.check(config.optim, config.train.steps)
     if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
         raise PlanError(
@@ -174,6 +175,18 @@ def _check_optim(config: RunConfig) -> None:
                 raise PlanError(f"optim.{name}.{role} is {factor}; a factor is not negative")
     if t.eval_every and not t.eval_batches:
         raise PlanError("train.eval_every asks for evaluation, but train.eval_batches is 0; set one of them otherwise")
+
+
+def _check_guard(config: RunConfig) -> None:
+    """Going back needs something to go back to, and samples to go on with."""
+    guard = config.train.guard
+    if guard.rewinds and not config.checkpoint.every:
+        raise PlanError("train.guard: a rewind needs checkpoints; set checkpoint.every, or use stop or skip")
+    if guard.rewinds and guard.rewind_data == "skip" and config.data.order == "megatron":
+        raise PlanError(
+            "train.guard.rewind_data=skip leaves samples out, but data.order=megatron counts out as many as train.steps "
+            "needs; use rewind_data=repeat, or data.order=default"
+        )
 
 
 def _check_layout(config: RunConfig, world: int) -> int:

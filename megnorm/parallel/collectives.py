@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.parallel.mesh import Axis
+from megnorm.parallel.recorder import RECORDER
 
 # torch 2.13 renamed these; older versions have the old names only.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -20,7 +21,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or other reduction) of x over the axis, in place; no gradient."""
     if axis.size > 1:
+        RECORDER.begin("all_reduce", axis.name, x.nbytes)
         dist.all_reduce(x, op=op, group=axis.group)
+        RECORDER.end()
     return x
 
 
@@ -29,7 +32,9 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    RECORDER.begin("all_gather", axis.name, out.nbytes)
     _all_gather(out, x.contiguous(), group=axis.group)
+    RECORDER.end()
     return out
 
 
@@ -38,7 +43,9 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    RECORDER.begin("reduce_scatter", axis.name, x.nbytes)
     _reduce_scatter(out, x.contiguous(), group=axis.group)
+    RECORDER.end()
     return out
 
 

@@ -20,6 +20,7 @@ from megnorm.parallel.layout import Named, named_matrices
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
+from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -50,6 +51,7 @@ class Run:
     consumed: int = 0
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
+    guard: Guard = field(default_factory=Guard)
 
 
 def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:
@@ -87,6 +89,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         train_data,
         valid_data,
         barrier=own_barrier(),
+        guard=Guard(config.train.guard),
     )
 
 

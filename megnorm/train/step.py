@@ -1,8 +1,9 @@
 """One optimizer step, and one evaluation."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,19 +14,20 @@ from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
 from megnorm.parallel.collectives import all_reduce
 from megnorm.parallel.layout import reduce_replicated_grads
+from megnorm.parallel.recorder import RECORDER
 from megnorm.train.build import Run, Samples
 from megnorm.train.config import TrainConfig
+from megnorm.train.diagnose import explain
+from megnorm.train.guard import Trouble
 
-
-class DivergedError(RuntimeError):
-    """Loss or gradients are not finite; nothing of this step was applied."""
+log = logging.getLogger("megnorm")
 
 
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean over the step's tokens, in nats. tokens: that had a loss. grad_norm: before clipping.
 
-    skipped: fp16 overflowed and the update was left out. probes: by name, on probed steps.
+    skipped: the update was left out (fp16 overflowed, or train.guard said so). probes: by name, on probed steps.
     """
 
     loss: float
@@ -48,36 +50,64 @@ def train_step(run: Run) -> StepResult:
     run.observer.begin(step)
     batch = _own_rows(run, run.train_data, run.consumed)
     tokens = _global_tokens(run, batch)
+    parts = list(micro_batches(batch, config.train, run.mesh.device))
     run.model.train()
     run.buffer.zero()
-    total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
-    for i, part in enumerate(micro_batches(batch, config.train, run.mesh.device)):
-        run.rng.start(config.train.seed, step, i, run.mesh.dp.rank, run.mesh.pp.rank, tp_rank=run.mesh.tp.rank)
-        loss = run.model(part) / tokens
-        (loss * run.scale.scale).backward()
-        total += loss.detach()
+    total = _passes(run, parts, tokens)
+    local = total.clone()
     all_reduce(total, run.mesh.dp)
     run.buffer.reduce(run.mesh)
     reduce_replicated_grads(run.buffer.params, run.mesh)
     if run.scale.scale != 1.0:
         run.buffer.flat.mul_(1.0 / run.scale.scale)
-    norm = float(global_norm(run.named, run.mesh))
+    norm, loss = float(global_norm(run.named, run.mesh)), float(total)
     run.observer.before_update()
-    finite = math.isfinite(norm)
+    # fp16 overflow is cured by a smaller loss scale, as long as there is one.
+    scaled = config.train.precision == "fp16" and run.scale.scale > 1.0
+    overflow = scaled and math.isfinite(loss) and not math.isfinite(norm)
+    trouble = None if overflow else run.guard.judge(loss, norm)
     lr = learning_rate(config.optim, run.updates + 1, config.train.steps)
-    if finite:
+    if trouble is not None:
+        _explain(run, trouble, float(local), lambda mark: _passes(run, parts, tokens, mark))
+        run.guard.act(step, trouble, speak=run.mesh.rank == 0)
+    elif not overflow:
         _update(run, norm, lr)
-    elif config.train.precision != "fp16" or run.scale.scale <= 1.0 or not math.isfinite(float(total)):
-        # fp16 overflow is cured by a smaller loss scale, as long as there is one.
-        raise DivergedError(
-            f"step {step}: loss {float(total)}, gradient norm {norm}; nothing was saved. Lower optim.lr, lengthen "
-            "optim.warmup_steps or choose a more stable norm.scheme"
-        )
     if config.train.precision == "fp16":
-        run.scale.update(finite)
+        run.scale.update(math.isfinite(norm))
     run.step, run.consumed = step, run.consumed + config.train.global_batch
     probes = run.observer.collect()
-    return StepResult(float(total), tokens, norm, lr, time.perf_counter() - begin, not finite, probes)
+    skipped = overflow or trouble is not None
+    return StepResult(loss, tokens, norm, lr, time.perf_counter() - begin, skipped, probes)
+
+
+def _passes(
+    run: Run, parts: list[Tokens], tokens: int, mark: Callable[[int, int], None] = lambda micro_batch, stage: None
+) -> torch.Tensor:
+    """Forward and backward of this rank's micro-batches: its part of the loss. mark: called before each of them."""
+    seed, mesh = run.plan.config.train.seed, run.mesh
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for i, part in enumerate(parts):
+        RECORDER.tick()
+        mark(i, 0)
+        run.rng.start(seed, run.step + 1, i, mesh.dp.rank, mesh.pp.rank, tp_rank=mesh.tp.rank)
+        loss = run.model(part) / tokens
+        (loss * run.scale.scale).backward()
+        total += loss.detach()
+    return total
+
+
+def _explain(run: Run, trouble: Trouble, loss: float, again: Callable[[Callable[[int, int], None]], object]) -> None:
+    """Say on rank 0 where the trouble came from; collective."""
+    t = run.plan.config.train
+    first = run.consumed + run.mesh.dp.rank * (t.global_batch // run.mesh.dp.size)
+
+    def samples(micro_batch: int) -> tuple[int, int]:
+        begin = first + micro_batch * t.micro_batch
+        return begin, begin + t.micro_batch - 1
+
+    words = explain(trouble, [run.model], run.named, run.mesh, local_loss=loss, samples=samples, again=again)
+    if run.mesh.rank == 0:
+        log.error("step %d: %s: %s", run.step + 1, trouble.text, words)
 
 
 @torch.no_grad()
@@ -90,6 +120,7 @@ def evaluate(run: Run) -> float:
     for i in range(t.eval_batches):
         batch = _own_rows(run, run.valid_data, i * t.global_batch)
         for part in micro_batches(batch, t, mesh.device):
+            RECORDER.tick()
             sums += torch.stack([run.model(part).double(), part.loss_mask.sum().double()])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))
