@@ -33,7 +33,7 @@ class GuardConfig:
 @dataclass(frozen=True)
 class WatchdogConfig:
     """timeout: seconds without progress after which a rank counts as hung, or factor x the median step if that is longer;
-    until five steps are done, and around checkpoints, it is parallel.timeout. 0: no watchdog.
+    until five steps are done it is parallel.timeout, around checkpoints an hour. 0: no watchdog.
     slow: name a rank whose own work takes this many times the median rank's; 0: do not.
     """
 

@@ -55,6 +55,7 @@ def fit(run: Run, saver: Saver, sinks: Sinks, watchdog: Watchdog, profile: Profi
         if ended or (every and run.step % every == 0):
             with watchdog.patient("at a checkpoint"):
                 if t.check_replicas_every:
+                    saver.wait()  # which save does anyway: if a copy differs, the save before it is not cut off
                     check_replicas(run.named, run.mesh, run.step)
                 save(run, saver, values.get("valid_loss"))
     with watchdog.patient("waiting for the last checkpoint"):

@@ -143,7 +143,8 @@ def _fit(run: Run, where: launch.World) -> int:
 
 def _watchdog(run: Run, where: launch.World) -> Watchdog:
     config = run.plan.config
-    store, keeper = launch.own_store(where, config.parallel.timeout)
+    wanted = config.train.watchdog.timeout > 0.0
+    store, keeper = launch.own_store(where, config.parallel.timeout) if wanted else (None, None)
     people = [Identity(**one) for one in gathered(vars(Identity.mine(where.rank)), run.mesh)]
     folder = Path(config.train.out) / "crash"
     return Watchdog(

@@ -8,6 +8,7 @@ limit reads what the others told. The first to come to a verdict says it; all wr
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import statistics
@@ -28,13 +29,16 @@ from megnorm.train.hang import Beat, Identity, Verdict, judge
 
 EXIT_HUNG = 76  # a rank hung; torchrun, or the next start, goes on from the last checkpoint
 WARM_UP = 5  # steps before the limit is learned
+SAVING = (
+    3600.0  # seconds allowed around checkpoints: longer than the saver's own barrier, which names who does not come
+)
 PARTING = 2.0  # seconds that the one who spoke waits for the others to have heard
 
 
 class Watchdog:
     """Watches while the context is open; ``step`` and ``patient`` tell it what this rank is at.
 
-    patience: seconds allowed before the first steps are done, and in ``patient``. people: every rank, by rank.
+    patience: seconds allowed before the first steps are done. people: every rank, by rank.
     store: this rank's own client of a store that all reach, of keys that no other start of the job uses; None: alone.
     keeper: the rank in whose process the store lives, None if it is none of them. leave: how to end the process.
     """
@@ -56,7 +60,7 @@ class Watchdog:
         self.patience, self.folder, self.recorder, self.leave = patience, folder, recorder, leave
         self.interval = min(1.0, config.timeout / 8)
         self.silence = max(config.timeout / 4, 3 * self.interval)
-        self.now_step, self.doing, self._patient = 0, "before its first step", 0
+        self.now_step, self.doing, self._least = 0, "before its first step", 0.0
         self._times: deque[float] = deque(maxlen=64)
         self._floor = self._heard = time.monotonic()
         self._told: Verdict | None = None
@@ -103,20 +107,19 @@ class Watchdog:
 
     @contextlib.contextmanager
     def patient(self, doing: str) -> Iterator[None]:
-        """Around what may take long by nature, as ``doing`` says: it is given ``patience`` seconds."""
-        before, self.doing = self.doing, doing
-        self._patient += 1
+        """Around what may take long by nature: work on a checkpoint, as ``doing`` says."""
+        before = self.doing, self._least
+        self.doing, self._least = doing, max(SAVING, self.patience)
         self.recorder.tick()
         yield
         self.recorder.tick()
-        self._patient -= 1
-        self.doing = before
+        self.doing, self._least = before
 
     def limit(self) -> float:
         """Seconds without progress that are allowed now."""
         times = list(self._times)
         learned = max(self.config.timeout, self.config.factor * statistics.median(times)) if times else 0.0
-        return max(self.patience, learned) if self._patient or len(times) < WARM_UP else learned
+        return max(learned, self._least, self.patience if len(times) < WARM_UP else 0.0)
 
     def _stuck_for(self) -> float:
         return time.monotonic() - max(self.recorder.pulse, self._floor)
@@ -192,7 +195,8 @@ class Watchdog:
         for rank, (text, since) in seen.items():
             if rank != self.rank:
                 silent = now - since
-                told = json.loads(text)[1] if text else asdict(Beat(rank, 0, 0.0, 0.0, "it has not begun", None))
+                unheard = Beat(rank, 0, 0.0, math.inf, "before its first sign of life", None)
+                told = json.loads(text)[1] if text else asdict(unheard)
                 beats.append(Beat(**(told | {"silent": silent})))
         complete = len(beats) == len(self.people)
         return judge(sorted(beats, key=lambda beat: beat.rank), self.people, self.silence) if complete else None

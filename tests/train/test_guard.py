@@ -136,10 +136,10 @@ def test_a_rewind_that_cannot_be_is_refused(key: str) -> None:
 # Two ranks
 
 
-LAYOUTS = ({"dp": 2}, {"tp": 2}, {"tp": 2, "sequence_parallel": False, "kv": 1})
+LAYOUTS = [pytest.param({"dp": 2}, id="dp"), pytest.param({"tp": 2, "kv": 1}, id="tp", marks=pytest.mark.full)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=("dp", "tp"))
+@pytest.mark.parametrize("layout", ({"dp": 2}, {"tp": 2}), ids=("dp", "tp"))
 def test_stop(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     config = a_run(tmp_path, "run", every=2, **layout)
     fault = Fault((5,), rank=1)
@@ -161,7 +161,7 @@ def test_stop(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     assert io.read_meta(io.latest(tmp_path / "run/checkpoints"))["step"] == 4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=("dp", "tp"))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_skip(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     """The update of the bad step is left out, and nothing else: as if its gradients had never been."""
     config = a_run(tmp_path, "run", guard_on_nonfinite="skip", **layout)
@@ -177,10 +177,11 @@ def test_skip(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     assert [step for step, row in record.items() if row.get("skipped")] == [3, 4]
 
 
+@pytest.mark.full
 def test_a_fault_between_modules_is_told_by_its_neighbours(ranks: Ranks, tmp_path: Path) -> None:
     config = a_run(tmp_path, "run", steps=4, dp=2)
     told: list[Told] = ranks(2).run(train, config, Fault((2,), rank=1, at="body"))
-    found = r"first not finite: before the dropout of blocks\.1\.ffn \(blocks\.1\.ffn\.(up|gate)\.weight, "
+    found = r"first not finite: before the dropout of blocks\.1\.ffn \(blocks\.1\.ffn\.\w+\.weight, "
     assert re.search(found, told[0].log), told[0].log
 
 
@@ -205,7 +206,7 @@ def test_a_fault_in_backward_is_told_apart(ranks: Ranks, tmp_path: Path) -> None
     ), said
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=("dp", "tp"))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rewind_after_a_fault_that_passes(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     """With the same samples again, the run ends as one that nothing happened to: bit for bit."""
     options = {"guard_on_nonfinite": "rewind", "guard_rewind_data": "repeat", **layout}
@@ -226,6 +227,7 @@ def test_rewind_after_a_fault_that_passes(ranks: Ranks, tmp_path: Path, layout: 
     assert state["rewinds"] == 1
 
 
+@pytest.mark.full
 def test_the_rank_of_a_passing_fault_is_told_by_its_loss(ranks: Ranks, tmp_path: Path) -> None:
     config = a_run(tmp_path, "run", dp=2)
     told: list[Told] = ranks(2).run(train, config, Fault((2,), rank=1, passing=True))
@@ -243,6 +245,7 @@ def test_rewind_leaves_samples_out(ranks: Ranks, tmp_path: Path) -> None:
     assert "its 16 samples are left out" in told[0].log
 
 
+@pytest.mark.full
 def test_rewinds_end(ranks: Ranks, tmp_path: Path) -> None:
     config = a_run(tmp_path, "run", every=3, guard_on_nonfinite="rewind", guard_max_rewinds=2, dp=2)
     told: list[Told] = ranks(2).run(train, config, Fault((5,), rank=1))
@@ -252,6 +255,7 @@ def test_rewinds_end(ranks: Ranks, tmp_path: Path) -> None:
     assert io.read_meta(io.latest(tmp_path / "run/checkpoints"))["step"] == 3
 
 
+@pytest.mark.full
 def test_there_is_nothing_to_go_back_to(ranks: Ranks, tmp_path: Path) -> None:
     config = a_run(tmp_path, "run", every=3, guard_on_nonfinite="rewind", dp=2)
     told: list[Told] = ranks(2).run(train, config, Fault((2,), rank=1))
@@ -259,7 +263,9 @@ def test_there_is_nothing_to_go_back_to(ranks: Ranks, tmp_path: Path) -> None:
         assert isinstance(one.ended, str) and "there is no checkpoint yet to go back to" in one.ended
 
 
-@pytest.mark.parametrize("policy", ("skip", "rewind", "stop"))
+@pytest.mark.parametrize(
+    "policy", ("skip", pytest.param("rewind", marks=pytest.mark.full), pytest.param("stop", marks=pytest.mark.full))
+)
 def test_a_spike(ranks: Ranks, tmp_path: Path, policy: str) -> None:
     """Logits fifty times too large: the loss rises far above its median, and stays finite."""
     config = a_run(
@@ -289,6 +295,7 @@ def test_a_spike(ranks: Ranks, tmp_path: Path, policy: str) -> None:
 # The whole program
 
 
+@pytest.mark.full
 def test_overflow_of_fp16_is_the_loss_scale_s_business(tmp_path: Path) -> None:
     path = write_config(tmp_path, write_data(tmp_path / "text"))
     assert (
@@ -300,6 +307,7 @@ def test_overflow_of_fp16_is_the_loss_scale_s_business(tmp_path: Path) -> None:
     assert io.read_meta(io.latest(tmp_path / "run/checkpoints"))["guard"]["skips"] == 0
 
 
+@pytest.mark.full
 def test_a_resumed_run_judges_as_one_that_was_never_stopped(tmp_path: Path) -> None:
     path = write_config(tmp_path, write_data(tmp_path / "text"))
     options = ["train.guard.on_spike=skip", "train.guard.spike_window=8", "train.steps=12"]
