@@ -27,7 +27,7 @@ LEAST: dict[str, dict[str, int]] = {
     "train": dict.fromkeys(
         ("steps", "sequence_length", "global_batch", "micro_batch", "log_every", "threads", "stop_after"), 1
     )
-    | {"eval_every": 0, "eval_batches": 0, "recompute_blocks": 1},
+    | {"eval_every": 0, "eval_batches": 0, "check_replicas_every": 0, "recompute_blocks": 1},
 }
 TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
 POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
@@ -83,6 +83,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         _check_ranges(config, section)
     _check_optim(config)
     _check_recompute(config)
+    _check_guard(config)
     schedule.check(config.optim, config.train.steps)
     if config.data.task not in TASKS[config.model.family]:
         raise PlanError(
@@ -231,6 +232,18 @@ def _recompute_warnings(config: RunConfig, sequence_parallel: bool) -> Iterator[
         yield (
             "parallel.keep_gathered keeps what linear layers gather, so train.recompute 'norms' frees no memory before "
             "them; set parallel.keep_gathered=false"
+        )
+
+
+def _check_guard(config: RunConfig) -> None:
+    """Going back needs something to go back to, and samples to go on with."""
+    guard = config.train.guard
+    if guard.rewinds and not config.checkpoint.every:
+        raise PlanError("train.guard: a rewind needs checkpoints; set checkpoint.every, or use stop or skip")
+    if guard.rewinds and guard.rewind_data == "skip" and config.data.order == "megatron":
+        raise PlanError(
+            "train.guard.rewind_data=skip leaves samples out, but data.order=megatron counts out as many as train.steps "
+            "needs; use rewind_data=repeat, or data.order=default"
         )
 
 

@@ -18,10 +18,12 @@ from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
+from megnorm.parallel.layout import Named, named_matrices
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
+from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -37,13 +39,14 @@ class Samples(Protocol):
 class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
-    stages: of this rank, by global index. pipeline: runs them. flat: their weights and gradients, and the pieces of
-    them that it updates.
+    stages: of this rank, by global index. named: their logical matrices. pipeline: runs them. flat: their weights and
+    gradients, and the pieces of them that it updates.
     """
 
     plan: Plan
     mesh: Mesh
     stages: dict[int, CausalLM]
+    named: list[Named]
     pipeline: Pipeline
     rng: DropoutRng
     flat: DataParallel
@@ -56,6 +59,7 @@ class Run:
     consumed: int = 0
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
+    guard: Guard = field(default_factory=Guard)
 
 
 def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:
@@ -75,6 +79,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         plan,
         mesh,
         stages,
+        list(named_matrices(*stages.values())),
         Pipeline(stages, mesh),
         rng,
         flat,
@@ -91,6 +96,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         train_data,
         valid_data,
         barrier=own_barrier(),
+        guard=Guard(config.train.guard),
     )
 
 

@@ -44,6 +44,7 @@ def meta(run: Run) -> dict[str, Any]:
         "consumed_samples": run.consumed,
         "updates": run.updates,
         "loss_scale": {"scale": run.scale.scale, "good": run.scale.good},
+        "guard": run.guard.state(),
         "data": run.train_data.state(run.consumed),
         "config": to_dict(run.plan.config),
         "resolved": run.plan.resolved.to_json(),
@@ -61,6 +62,7 @@ def resume(run: Run, folder: Path) -> Path:
     run.step, run.consumed, run.updates = record["step"], record["consumed_samples"], record["updates"]
     if {run.plan.config.train.precision, record["config"]["train"]["precision"]} == {"fp16"}:
         run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
+    run.guard.load(record.get("guard", {}))
     run.optimizer.set_updates(run.updates)
     run.flat.publish()
     run.train_data = open_data(run.plan, "train", record["data"], run.step)
