@@ -112,7 +112,7 @@ class MaskedLoader:
             )
             inputs[row] = [*self.begin, *changed, *self.end]
             labels[row] = [*self.begin, *tokens, *self.end]
-        return Batch(*(torch.from_numpy(array).t() for array in (inputs, labels, wanted)))
+        return Batch(torch.from_numpy(inputs).t(), torch.from_numpy(labels).t(), torch.from_numpy(wanted).t())
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """As in ``Loader``."""

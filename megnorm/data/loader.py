@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,12 +12,12 @@ from numpy.typing import NDArray
 from megnorm.data.batch import Batch
 from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError, require_same
-from megnorm.data.indexed import SCAN, IndexedDataset
+from megnorm.data.indexed import SCAN, IndexedDataset, strip_suffix
 from megnorm.data.megatron_order import MegatronOrder
 from megnorm.data.samples import DefaultOrder, Source, key, resume_order, shares, split_tokens, too_few
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tasks import fill_in_the_middle
-from megnorm.data.tokenizer import fingerprint
+from megnorm.data.tokenizer import fingerprint, is_there
 
 
 class Order(Protocol):
@@ -41,8 +40,9 @@ class Tokens:
 
 def open_tokens(path: str, config: DataConfig, vocab_size: int) -> Tokens:
     """Open a prefix; its ids must be below the vocabulary, and come from the tokenizer of the config."""
+    path = strip_suffix(path)
     record = read_sidecar(path) or {}
-    if config.tokenizer is not None and not Path(config.tokenizer).exists():
+    if config.tokenizer is not None and not is_there(config.tokenizer):
         raise DataError(
             f"data.tokenizer: there is no '{config.tokenizer}'; give the tokenizer.json, or its folder, with which the "
             "token files were written."

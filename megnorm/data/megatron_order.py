@@ -20,7 +20,8 @@ from megnorm.data.indexed import IndexedDataset
 from megnorm.data.samples import too_few
 from megnorm.data.storage import is_remote
 
-CHUNK = 1 << 16  # sequences whose samples are cut at a time
+CHUNK = 1 << 13  # sequences whose samples are cut at a time
+WIDE = 1 << 26  # up to so many, numbers are shuffled in 64 bits: numpy needs two thirds of the time for these
 SEPARATE = 0.80  # a last epoch that is used by less than this is shuffled on its own
 
 
@@ -61,9 +62,10 @@ def gpt_indices(
     random = np.random.RandomState(seed)
     order = []
     for part in (epochs - 1, 1) if separate else (epochs,):
-        sequences = np.tile(np.arange(first, last), part)  # int64: numpy shuffles it in two thirds of the time
-        random.shuffle(sequences)
-        order.append(sequences.astype(np.int32))
+        sequences = np.empty((part, last - first), np.int64 if part * (last - first) <= WIDE else np.int32)
+        sequences[:] = np.arange(first, last, dtype=np.int32)
+        random.shuffle(flat := sequences.reshape(-1))
+        order.append(flat.astype(np.int32, copy=False))
     document_index = np.concatenate(order) if separate else order[0]
     elements = epochs * tokens - extra
     total = elements // length if drop_last else -(-elements // length)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import yaml
@@ -27,13 +27,17 @@ def read_options(base: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
     for override in overrides:
         name, equals, text = override.partition("=")
         *sections, last = name.removeprefix("data.").split(".")
-        here, kind = found, DataConfig
+        here: dict[str, Any] = found
+        kind: Any = DataConfig
         for section in sections:
-            kind = next((field.default_factory for field in fields(kind) if field.name == section), None)  # type: ignore[assignment, arg-type]
+            kind = get_type_hints(kind).get(section) if is_dataclass(kind) else None
             here = here.setdefault(section, {})
         if not equals or not is_dataclass(kind) or last not in {field.name for field in fields(kind)}:
             raise DataError(f"'{override}': write key=value with a key of data, as in mask.unit=word.")
-        here[last] = yaml.safe_load(text)
+        try:
+            here[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise DataError(f"'{override}': the value is broken YAML; quote it.") from None
     try:
         return TypeAdapter(DataConfig).validate_python(found)
     except ValidationError as error:

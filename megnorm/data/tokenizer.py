@@ -183,6 +183,11 @@ def files_of(path: str) -> list[Path]:
     )
 
 
+def is_there(path: str) -> bool:
+    """Is something at the path, or is it a name that needs no file?"""
+    return path == "bytes" or path.startswith("tiktoken:") or Path(path).exists()
+
+
 def fingerprint(path: str) -> dict[str, str]:
     """Name and sha256 of a tokenizer, recorded beside the data it wrote."""
     if path == "bytes" or path.startswith("tiktoken:"):

@@ -15,6 +15,7 @@ from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset, IndexedWriter
 from megnorm.data.loader import Loader
+from megnorm.data.preprocess import Job, run
 from megnorm.data.samples import PERIOD, Mixture, permute, shares
 from tests.data.helpers import numbered, write
 
@@ -299,6 +300,15 @@ def test_the_tokenizer_of_the_data_is_compared(tmp_path: Path) -> None:
         loader(str(tmp_path / "x"), tokenizer=str(tmp_path))
     with pytest.raises(DataError, match=r"data\.tokenizer: there is no"):
         loader(str(tmp_path / "x"), tokenizer=str(tmp_path / "none"))
+
+
+def test_names_of_tokenizers_and_of_files(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "many words"}\n' * 100)
+    run(Job((str(tmp_path / "in.jsonl"),), str(tmp_path / "x"), "bytes", progress=False))
+    with pytest.raises(DataError, match="bytes, data.tokenizer=tiktoken:gpt2 is another one"):
+        loader(str(tmp_path / "x.bin"), tokenizer="tiktoken:gpt2")
+    one = loader(str(tmp_path / "x.bin"), tokenizer="bytes", mask_end=True, vocab_size=257)
+    assert one.eod == 256
 
 
 def test_plain_refusals(tmp_path: Path) -> None:

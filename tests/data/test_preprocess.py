@@ -114,6 +114,17 @@ def test_bad_lines_are_skipped_and_told(tmp_path: Path, kind: str) -> None:
         shutil.rmtree(tmp_path / "out.parts", ignore_errors=True)
 
 
+@pytest.mark.full
+def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
+    """With the limit as it is, not held in memory, and the lines after it are read."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD + b'{"text": "' + b"y" * 100_000_000 + b'"}\n' + GOOD)
+    report = run(Job(inputs=(str(source),), output=str(tmp_path / "out"), tokenizer="bytes", progress=False))
+    assert (report.documents, report.bad) == (12, 1)
+    assert report.first == [f"{source}:7: the line is longer than --max-line-bytes"]
+    assert texts_of(tmp_path / "out") == TEXTS * 2
+
+
 def test_only_five_are_told(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(GOOD + b"{\n" * 20)

@@ -58,7 +58,8 @@ def test_numbers_without_a_tokenizer_and_wrong_options(tmp_path: Path, capsys: p
     assert "[0:16] " in inspect(capsys, path, "--task", "causal", "--sequence-length", 16)
     for words, wanted in (
         (["--task", "causal", "--set", "nothing=1"], "'nothing=1': write key=value with a key of data"),
-        (["--task", "causal", "--set", "mask.unit.x=1"], "'mask.unit.x=1': write key=value"),
+        (["--task", "causal", "--set", "mask.unit.x.y=1"], "'mask.unit.x.y=1': write key=value"),
+        (["--task", "causal", "--set", "mask.token=[MASK"], "'mask.token=[MASK': the value is broken YAML"),
         (["--task", "masked", "--set", "mask.unit=letter"], "data.mask.unit: Input should be"),
         (["--set", "mask.unit=word"], "needs --task"),
         (["--task", "masked"], "data.tokenizer is needed for data.task=masked"),
