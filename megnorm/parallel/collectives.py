@@ -52,6 +52,13 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def wait_for(work: dist.Work, what: str, axis: str, size: int) -> None:
+    """Wait for a collective or message under way. size: its bytes."""
+    RECORDER.begin(what, axis, size)
+    work.wait()
+    RECORDER.end()
+
+
 def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:
     """Begin to sum x over the axis, in place; wait for the work before x is read."""
     return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megnorm.parallel.collectives import wait_for
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.schedule import Action, Schedule
 
@@ -124,7 +125,7 @@ class _Messages:
         message, work = self.posted.pop(action)
         if self.due:
             self._post(self.due.popleft())
-        work.wait()
+        wait_for(work, f"receive {source}", "pp", message.nbytes)
         self._free(source)
         return message
 
@@ -136,8 +137,8 @@ class _Messages:
                 self._wait(target)
 
     def _wait(self, target: Action) -> None:
-        _, work = self.sent.pop(target)
-        work.wait()
+        message, work = self.sent.pop(target)
+        wait_for(work, f"send for {target}", "pp", message.nbytes)
 
     def _post(self, action: Action) -> None:
         source = self.schedule.source(action)

@@ -54,9 +54,10 @@ def hurt(run: Run, fault: Fault | None) -> Iterator[None]:
     if fault is None or run.mesh.rank != fault.rank:
         yield
         return
-    ffn = dict(run.model.named_modules())[f"blocks.{fault.layer}.ffn"]
+    modules = {path: module for stage in run.stages.values() for path, module in stage.named_modules()}
+    ffn = modules[f"blocks.{fault.layer}.ffn"]
     assert isinstance(ffn, FeedForward)
-    places = {"body": (ffn, "body"), "head": (run.model.head, "forward")}
+    places = {"body": (ffn, "body"), "head": (modules["head"], "forward")}
     target, name = places.get(fault.at, (ffn.down, "forward"))
     right, train_step, made = getattr(target, name), loop.train_step, list[int]()
     passes = SimpleNamespace(left=0)
