@@ -32,8 +32,9 @@ def test_text(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(line.startswith("target: <0>") for line in targets)
 
 
-def test_pairs(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer, source = shared / "data/tokenizers/unigram8k-multi", shared / "data/parallel/test.en-fr.tsv"
+@pytest.mark.parametrize("languages", ["en-de", "en-fr", "en-zh"])
+def test_pairs(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], languages: str) -> None:
+    tokenizer, source = shared / "data/tokenizers/unigram8k-multi", shared / f"data/parallel/test.{languages}.tsv"
     keys = ("0", "1")
     run(Job((str(source),), str(tmp_path / "p"), str(tokenizer), keys=keys, eod_token="</s>", progress=False))
     told = inspect(capsys, tmp_path / "p", "--tokenizer", tokenizer, "--task", "pairs", "--count", 1)
