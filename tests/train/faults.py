@@ -36,7 +36,8 @@ class Fault:
     """The down projection of a layer gives ``factor`` times its output (nan: not finite) on one rank, in these steps.
 
     at: "down"; "body": behind the projection, outside of any module; "weight": one of its weights; "head": the logits.
-    passing: only the first time that such a step is made. backward: its gradient, not its output.
+    passing: only the first time that such a step is made. backward: its gradient, not its output. micro_batch: only in this
+    one; None: in all.
     """
 
     steps: tuple[int, ...]
@@ -46,6 +47,7 @@ class Fault:
     factor: float = float("nan")
     passing: bool = False
     backward: bool = False
+    micro_batch: int | None = None
 
 
 @contextlib.contextmanager
@@ -59,28 +61,28 @@ def hurt(run: Run, fault: Fault | None) -> Iterator[None]:
     assert isinstance(ffn, FeedForward)
     places = {"body": (ffn, "body"), "head": (modules["head"], "forward")}
     target, name = places.get(fault.at, (ffn.down, "forward"))
-    right, train_step, made = getattr(target, name), loop.train_step, list[int]()
-    passes = SimpleNamespace(left=0)
+    right, train_step, per_step = getattr(target, name), loop.train_step, run.plan.micro_batches
+    begun: set[int] = set()
+    state = SimpleNamespace(passes=0, again=False)
 
     def broken(*args: Any) -> Tensor:
-        step = run.step + 1
-        if fault.at == "weight" and step in fault.steps:
+        step, place = run.step + 1, state.passes
+        if step not in fault.steps or not torch.is_grad_enabled():
+            return right(*args)
+        state.passes += 1
+        if fault.at == "weight":
             ffn.down.weight.data[0, 0] = fault.factor
+            return right(*args)
+        passed = fault.passing and (state.again or place >= per_step)  # the passes of a step may be made again
+        spared = fault.micro_batch is not None and place % per_step != fault.micro_batch
         y = right(*args)
-        if (
-            step not in fault.steps
-            or not torch.is_grad_enabled()
-            or (fault.passing and step in made)
-            or fault.at == "weight"
-        ):
+        if passed or spared:
             return y
-        passes.left -= 1
-        if fault.passing and passes.left <= 0:  # the micro-batches of one step, but not when they are run again
-            made.append(step)
         return _Backward.apply(y, fault.factor) if fault.backward else y * fault.factor
 
     def counted(run: Run) -> Any:
-        passes.left = run.plan.micro_batches
+        state.passes, state.again = 0, run.step + 1 in begun
+        begun.add(run.step + 1)
         return train_step(run)
 
     with mock.patch.object(target, name, broken), mock.patch.object(loop, "train_step", counted):

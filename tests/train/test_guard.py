@@ -142,7 +142,7 @@ LAYOUTS = [pytest.param({"dp": 2}, id="dp"), pytest.param({"tp": 2, "kv": 1}, id
 @pytest.mark.parametrize("layout", ({"dp": 2}, {"tp": 2}), ids=("dp", "tp"))
 def test_stop(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     config = a_run(tmp_path, "run", every=2, **layout)
-    fault = Fault((5,), rank=1)
+    fault = Fault((5,), rank=1, micro_batch=1)
     told: list[Told] = ranks(2).run(train, config, fault)
     for one in told:
         assert isinstance(one.ended, str) and one.ended.startswith(
@@ -151,9 +151,9 @@ def test_stop(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
         assert (one.step, one.updates) == (4, 4)
     said = told[0].log
     assert "first not finite: the output of blocks.1.ffn.down (blocks.1.ffn.down.weight), in the forward" in said, said
-    assert "in the forward pass on rank 1 (" in said and "micro-batch 0, samples" in said
-    # sample ids: 4 steps of 8 rows; with dp each rank has 4 of them
-    assert f"samples {36 if 'dp' in layout else 32} to {37 if 'dp' in layout else 33}" in said
+    assert "in the forward pass on rank 1 (" in said and "micro-batch 1, samples" in said
+    # sample ids: 4 steps of 8 rows; with dp rank 1 has the last 4 of a step
+    assert f"samples {38 if 'dp' in layout else 34} to {39 if 'dp' in layout else 35}" in said
     assert re.search(r"\d+ gradients are not finite, in the order of the model from embed\.token\.weight to ", said), (
         said
     )
@@ -223,6 +223,9 @@ def test_rewind_after_a_fault_that_passes(ranks: Ranks, tmp_path: Path, layout: 
     )
     assert "are finite: the fault has passed" in told[0].log
     assert losses(tmp_path / "run") == losses(tmp_path / "quiet")
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == 8, (
+        "the record of step 4 is that of the second time"
+    )
     state = io.read_meta(io.latest(tmp_path / "run/checkpoints"))["guard"]
     assert state["rewinds"] == 1
 

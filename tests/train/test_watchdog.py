@@ -189,11 +189,13 @@ def ends(left: list[int], seconds: float) -> bool:
 def test_a_stopped_process_is_named_and_ended(
     tmp_path: Path, sleeper: Identity, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server, (dog, recorder, left), _ = watchdogs(tmp_path, [Identity.mine(0), sleeper])
-    with dog, dog.step(3):
+    people = [Identity.mine(0), sleeper, Identity.mine(2)]
+    server, (dog, recorder, left), _, (busy, _, gone) = watchdogs(tmp_path, people)
+    with dog, busy, dog.step(3), busy.patient("at a checkpoint"):
         recorder.begin("all_reduce", "dp", 8)
         assert ends(left, 6.0)
-    assert left == [EXIT_HUNG]
+        assert ends(gone, 3.0), "one that is not stuck itself goes too when it hears of it"
+    assert left == [EXIT_HUNG] and gone == [EXIT_HUNG]
     said = capfd.readouterr().err
     assert f"rank 1 (host {sleeper.host}, pid {sleeper.pid}) hangs: no sign of life for " in said
     assert (
@@ -201,7 +203,7 @@ def test_a_stopped_process_is_named_and_ended(
     )
     assert "Thread 0x" in said, "the stacks"
     assert hang._stat(sleeper.pid)[0] in ("Z", ""), "it would have stayed for ever"
-    stacks, ring = sorted(tmp_path.iterdir(), reverse=True)
+    stacks, ring = sorted(tmp_path.glob("*-rank-00000.*"), reverse=True)
     assert stacks.name == "step-00000003-rank-00000.stacks.txt" and "test_watchdog.py" in stacks.read_text()
     assert json.loads(ring.read_text().splitlines()[-1])["op"] == "all_reduce"
 
