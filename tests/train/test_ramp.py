@@ -147,7 +147,7 @@ def test_a_stop_in_the_ramp_changes_nothing(tmp_path: Path) -> None:
     assert record.series("tokens")[1][-1] == sum(sizes)
     parts = [f"train.out={tmp_path / 'parts'}"]
     asked: list[int] = []
-    rows = step._own_rows
+    rows = step.own_rows
 
     def watched(run: Any, data: Any, first: int, sequences: int) -> Any:
         asked.append(sequences)
@@ -156,7 +156,7 @@ def test_a_stop_in_the_ramp_changes_nothing(tmp_path: Path) -> None:
     for stop in (1, 2):
         again = ["train", "--config", str(base), *parts, f"train.stop_after={stop}"]
         assert main(again) == EXIT_STOPPED
-    with mock.patch.object(step, "_own_rows", watched):
+    with mock.patch.object(step, "own_rows", watched):
         assert main(["train", "--config", str(base), *parts]) == 0
     assert asked == [4, 6, 6, 4, 6, 6, 6, 6, 6], (
         "five steps that were left; behind the first and the last whole batches"
