@@ -129,9 +129,14 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
             vocab_multiple=config.parallel.vocab_multiple,
             layers=plan.stages[index],
         )
-        for index in range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
+        for index in own_stages(plan, mesh)
     }
     return stages, rng
+
+
+def own_stages(plan: Plan, mesh: Mesh) -> range:
+    """The global indices of this rank's stages."""
+    return range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
 
 
 def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParallel:
