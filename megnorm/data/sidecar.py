@@ -55,7 +55,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
         for name in ("bin", "idx"):
             if not isinstance(record["files"][name]["bytes"], int):
                 raise ValueError("no byte counts")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a record of checksums ({error}); delete it and run megnorm data verify --write."
         ) from None
