@@ -1,14 +1,19 @@
 """Look before launch: what a config means on a number of ranks, checked, without torch and without starting anything."""
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from megnorm.config import RunConfig
 from megnorm.models.config import ModelConfig
+from megnorm.models.count import count_parameters, padded_vocabulary
 from megnorm.norms.resolve import Resolved, resolve, scheme_of
-from megnorm.norms.scheme import ROLES, Norm, SubLayer, warnings_for
+from megnorm.norms.scheme import ROLES, SubLayer, warnings_for
 from megnorm.optim import schedule
+from megnorm.parallel import balance
+from megnorm.parallel.schedule import Schedule, check_sizes, make_schedule
 
 # The least value of a key by section; None (a default that is derived) passes.
 LEAST: dict[str, dict[str, int]] = {
@@ -17,15 +22,16 @@ LEAST: dict[str, dict[str, int]] = {
     ),
     "model.init": dict.fromkeys(("std", "embedding_std", "position_std", "head_std"), 0),
     "model.norm": {"eps": 0},
-    "parallel": dict.fromkeys(("tp", "pp", "dp", "vocab_multiple"), 1),
+    "parallel": dict.fromkeys(("tp", "pp", "dp", "virtual_stages", "vocab_multiple"), 1),
     "optim": dict.fromkeys(("lr", "min_lr", "warmup_start_lr", "eps", "weight_decay", "clip"), 0)
     | dict.fromkeys(("loss_scale", "loss_scale_window"), 1),
     "train": dict.fromkeys(
         ("steps", "sequence_length", "global_batch", "micro_batch", "log_every", "threads", "stop_after"), 1
     )
-    | dict.fromkeys(("eval_every", "eval_batches"), 0),
+    | {"eval_every": 0, "eval_batches": 0, "check_replicas_every": 0, "recompute_blocks": 1},
 }
-POSITIVE = ("model.rope_theta", "parallel.timeout", "optim.power")
+TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
+POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
 
 class PlanError(ValueError):
@@ -34,7 +40,11 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked config on ``world`` ranks, with every derived number. padded_vocab: rows stored for the vocabulary."""
+    """A checked config on ``world`` ranks, with every derived number.
+
+    padded_vocab: rows stored for the vocabulary. stages: [first, last) layers of each pipeline stage, over all ranks; the
+    first stage embeds too, the last one holds the final norm and the head.
+    """
 
     config: RunConfig
     world: int
@@ -52,6 +62,17 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.config.train.global_batch * self.config.train.sequence_length
 
+    @property
+    def schedule(self) -> Schedule:
+        """What the pipeline ranks run in one step."""
+        parallel = self.config.parallel
+        return make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, self.micro_batches)
+
+    @property
+    def stage_costs(self) -> tuple[float, ...]:
+        """Training FLOPs a token of each stage."""
+        return balance.stage_costs(unit_costs(self.config), self.stages)
+
 
 def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -> Plan:
     """Check ``config`` on ``world`` ranks. resolved: of the checkpoint that a run continues; None: resolve now.
@@ -62,7 +83,14 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     for section in ("parallel", "optim", "train"):
         _check_ranges(config, section)
     _check_optim(config)
+    _check_recompute(config)
+    _check_guard(config)
     schedule.check(config.optim, config.train.steps)
+    if config.data.task not in TASKS[config.model.family]:
+        raise PlanError(
+            f"data.task={config.data.task} is nothing that model.family={config.model.family} can be trained for; use "
+            f"{' or '.join(TASKS[config.model.family])}"
+        )
     if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
         raise PlanError(
             "model.padding_id counts positions of real tokens itself and cannot be joined with data.separate_documents or "
@@ -71,7 +99,9 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     dp = _check_layout(config, world)
     parallel = config.parallel
     sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
-    _check_batch(config, dp, sequence_parallel)
+    micro_batches = _check_batch(config, dp, sequence_parallel)
+    _check_ramp(config, dp)
+    stages = _stages(config, world // parallel.tp)
     resolved = resolved or resolve(config.model.norm, config.model.layers)
     check_scheme(config.model, resolved)
     by_role = count_parameters(config.model, resolved)
@@ -82,24 +112,15 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         dp,
         sequence_parallel,
         padded_vocabulary(config.model.vocab_size, parallel.vocab_multiple, parallel.tp),
-        config.train.global_batch // (dp * config.train.micro_batch),
-        _stages(config),
+        micro_batches,
+        stages,
         sum(by_role.values()),
         by_role,
-        tuple(warnings_for(scheme_of(config.model.norm), depth_scaled=config.model.init.depth_scaled)),
+        (
+            *warnings_for(scheme_of(config.model.norm), depth_scaled=config.model.init.depth_scaled),
+            *_recompute_warnings(config, sequence_parallel),
+        ),
     )
-
-
-def _stages(config):
-    n = config.parallel.pp * config.parallel.virtual_stages
-    layers = config.model.layers
-    return tuple((i * layers // n, (i + 1) * layers // n) for i in range(n))
-
-
-def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
-    """Rows stored for a vocabulary: the least multiple of ``multiple * tp`` that holds it."""
-    step = multiple * tp
-    return -(-vocab_size // step) * step
 
 
 def check_model(m: ModelConfig) -> None:
@@ -184,15 +205,59 @@ def _check_optim(config: RunConfig) -> None:
         raise PlanError("train.eval_every asks for evaluation, but train.eval_batches is 0; set one of them otherwise")
 
 
+def _check_recompute(config: RunConfig) -> None:
+    t, layers = config.train, config.model.layers
+    others = [mode for mode in t.recompute if mode != "block"]
+    if "block" in t.recompute and others:
+        raise PlanError(
+            f"train.recompute: 'block' computes the whole block again, {others[0]} included; use ['block'] alone, or drop it"
+        )
+    if t.recompute_blocks is not None and not t.recompute:
+        raise PlanError(
+            f"train.recompute_blocks={t.recompute_blocks}, but train.recompute is empty; say there what is recomputed"
+        )
+    if t.recompute_blocks is not None and t.recompute_blocks > layers:
+        raise PlanError(
+            f"train.recompute_blocks={t.recompute_blocks} is more than model.layers={layers}; leave it out for all blocks"
+        )
+
+
+def _recompute_warnings(config: RunConfig, sequence_parallel: bool) -> Iterator[str]:
+    if sequence_parallel and config.parallel.keep_gathered and "norms" in config.train.recompute:
+        yield (
+            "parallel.keep_gathered keeps what linear layers gather, so train.recompute 'norms' frees no memory before "
+            "them; set parallel.keep_gathered=false"
+        )
+
+
+def _check_guard(config: RunConfig) -> None:
+    """Going back needs something to go back to, and samples to go on with."""
+    guard = config.train.guard
+    if guard.rewinds and not config.checkpoint.every:
+        raise PlanError("train.guard: a rewind needs checkpoints; set checkpoint.every, or use stop or skip")
+    if guard.rewinds and guard.rewind_data == "skip" and config.data.order == "megatron":
+        raise PlanError(
+            "train.guard.rewind_data=skip leaves samples out, but data.order=megatron counts out as many as train.steps "
+            "needs; use rewind_data=repeat, or data.order=default"
+        )
+
+
 def _check_layout(config: RunConfig, world: int) -> int:
     parallel, m = config.parallel, config.model
-    tp = parallel.tp * parallel.pp
-    if tp < 1 or world % tp:
-        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {_near(world, max(tp, 1))}")
-    dp = world // tp if parallel.dp is None else parallel.dp
-    if dp * tp != world:
-        raise PlanError(f"parallel.tp={tp} x dp={dp} needs {tp * dp} ranks, but {world} were started")
-    tp = parallel.tp
+    tp, pp = parallel.tp, parallel.pp
+    if world % tp:
+        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {_near(world, tp)}")
+    if world // tp % pp:
+        raise PlanError(
+            f"parallel.pp={pp} does not divide the {world // tp} ranks that parallel.tp={tp} leaves of {world}; use "
+            f"{_near(world // tp, pp)}"
+        )
+    dp = world // (tp * pp) if parallel.dp is None else parallel.dp
+    if dp * tp * pp != world:
+        raise PlanError(
+            f"parallel.tp={tp} x pp={pp} x dp={dp} needs {tp * pp * dp} ranks, but {world} were started; use parallel.dp="
+            f"{world // (tp * pp)}"
+        )
     if m.heads % tp:
         raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {_divisors(m.heads)}")
     if m.kv % tp and tp % m.kv:
@@ -207,7 +272,8 @@ def _check_layout(config: RunConfig, world: int) -> int:
     return dp
 
 
-def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> None:
+def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> int:
+    """The micro-batches of a step, on each rank."""
     t, m = config.train, config.model
     if t.sequence_length > m.max_positions:
         raise PlanError(
@@ -229,55 +295,57 @@ def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> None:
             f"train.global_batch={t.global_batch} is not a multiple of dp={dp} x train.micro_batch={t.micro_batch}; "
             f"use {' or '.join(map(str, totals))}{smaller}"
         )
+    count, parallel = t.global_batch // per_step, config.parallel
+    try:
+        check_sizes(parallel.schedule, parallel.pp, parallel.virtual_stages, count, per_step)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    return count
 
 
-def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:
-    """Logical parameters by role, as the built model has them."""
-    counts: dict[str, int] = {}
-
-    def add(role: str, n: int) -> None:
-        if n:
-            counts[role] = counts.get(role, 0) + n
-
-    def norm(value: Any, units: int, width: int) -> None:
-        if isinstance(value, Norm):
-            add("norm", _norm_parameters(value, units, width))
-
-    d, h, kv, hd = m.width, m.heads, m.kv, m.hd
-    add("embed", m.vocab_size * d)
-    add("position", m.max_positions * d if m.positions == "learned" else 0)
-    add("head", 0 if m.tied_head else m.vocab_size * d)
-    add("bias", m.vocab_size if m.head_bias else 0)
-    for value in (resolved.embedding, resolved.final):
-        norm(value, 1, d)
-    for layer in resolved.layers:
-        for role, rows, columns in (("q", h * hd, d), ("k", kv * hd, d), ("v", kv * hd, d), ("o", d, h * hd)):
-            add(role, rows * columns)
-            add("bias", rows if m.bias else 0)
-        for role in ("gate", "up") if m.gated else ("up",):
-            add(role, m.ffn * d)
-            add("bias", m.ffn if m.bias else 0)
-        add("down", m.ffn * d)
-        add("bias", d if m.bias else 0)
-        a, f = layer.attention, layer.ffn
-        for value in (a.input, a.output, a.post, f.input, f.output, f.post):
-            norm(value, 1, d)
-        for value, units in ((a.q, h), (a.k, kv), (a.v, kv), (a.context, h)):
-            norm(value, units, hd)
-        norm(f.inner, m.ffn, 1)
-        add("scale", h if a.head_scale else 0)
-        for part in (a, f):
-            for scale in (part.residual.skip, part.residual.branch):
-                if scale.learned and not (scale.shared and part is f):
-                    add("scale", d if scale.learned == "width" else 1)
-    return counts
+def _stages(config: RunConfig, ranks: int) -> tuple[tuple[int, int], ...]:
+    """The layers of each pipeline stage. ranks: those of one tensor-parallel rank, to be shared by pp and dp."""
+    parallel, layers = config.parallel, config.model.layers
+    count = parallel.pp * parallel.virtual_stages
+    if count > layers:
+        chunks, most = parallel.virtual_stages, layers // parallel.pp
+        fitting = [n for n in _divisors(ranks) if n * chunks <= layers and (n > 1 or chunks == 1)]
+        ways = [f"parallel.pp of {fitting}"] if fitting else []
+        ways += [f"parallel.virtual_stages of 2 to {most}"] if 1 < most < chunks else []
+        raise PlanError(
+            f"parallel.pp={parallel.pp} x virtual_stages={chunks} makes {count} stages of a layer or more, but "
+            f"model.layers={layers}; use {', or '.join([*ways, f'model.layers of {count} or more'])}"
+        )
+    given = parallel.stage_layers
+    if given is None:
+        return balance.split(unit_costs(config), count)
+    if len(given) != count or sum(given) != layers or min(given) < 1:
+        even = [last - first for first, last in balance.split(unit_costs(config), count)]
+        raise PlanError(
+            f"parallel.stage_layers={list(given)} must be {count} numbers (parallel.pp x parallel.virtual_stages) of at least "
+            f"1 that sum to model.layers={layers}, as {even} do"
+        )
+    ends = list(accumulate(given))
+    return tuple(zip([0, *ends], ends, strict=False))
 
 
-def _norm_parameters(norm: Norm, units: int, width: int) -> int:
-    n = width if norm.over == "head" else units * width
-    gain = {"none": 0, "scalar": 1, "per_head": units * width}.get(norm.gain or "", n)
-    extra = {"dyt": 1, "derf": 2, "seednorm": 2 * n}.get(norm.kind or "", 0)
-    return gain + (n if norm.bias else 0) + extra
+def unit_costs(config: RunConfig) -> tuple[int, ...]:
+    """Training FLOPs a token of embedding, each layer, and head; the projections of a layer and its FFN."""
+    m = config.model
+    attention = m.heads * m.hd
+    block = m.width * (2 * attention + 2 * m.kv * m.hd + (3 if m.gated else 2) * m.ffn)
+    return balance.unit_costs(m.layers, block, attention, config.train.sequence_length, m.width * m.vocab_size)
+
+
+def _check_ramp(config: RunConfig, dp: int) -> None:
+    """Every batch of a ramp must be one that the layout can take."""
+    t, parallel = config.train, config.parallel
+    unit, what = dp * t.micro_batch, f"dp={dp} x train.micro_batch={t.micro_batch}"
+    if parallel.schedule == "interleaved":
+        unit, what = unit * parallel.pp, f"{what} x parallel.pp={parallel.pp} (parallel.schedule=interleaved)"
+    problem = t.batch_ramp.problem(t.global_batch, unit, what)
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def _divisors(n: int) -> list[int]:

@@ -30,7 +30,15 @@ RULES: dict[str, set[str]] = {
     "config": set(),
     "hf": BELOW_TRAIN,
     "infer": BELOW_TRAIN | {"hf"},  # generates from exported folders too
-    "plan": {"config", "norms", "optim.schedule", "parallel.schedule", "hf.families"},
+    "plan": {
+        "config",
+        "norms",
+        "optim.schedule",
+        "parallel.schedule",
+        "parallel.balance",
+        "models.count",
+        "hf.families",
+    },
     "train": BELOW_TRAIN | {"hf", "infer", "plan"},
     "cli": BELOW_TRAIN | {"hf", "infer", "plan", "train"},
     "__main__": {"cli"},
@@ -38,12 +46,32 @@ RULES: dict[str, set[str]] = {
 # these may read every package's options, and nothing of them but the options
 READS_OPTIONS = {"config", "plan"}
 # may not reach torch by any chain of imports; export turns tensors, so the files of hf may name it inside functions
-TORCH_FREE = ("norms.", "config", "plan", "optim.schedule", "parallel.schedule", "hf.families.")
+TORCH_FREE = (
+    "norms.",
+    "config",
+    "plan",
+    "optim.schedule",
+    "parallel.schedule",
+    "parallel.balance",
+    "models.count",
+    "hf.families.",
+)
 
-REQUIRED = {"matplotlib", "numpy", "pydantic", "pydantic_core", "safetensors", "tokenizers", "torch", "tqdm", "yaml"}
+REQUIRED = {
+    "matplotlib",
+    "numpy",
+    "pydantic",
+    "pydantic_core",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "xxhash",
+    "yaml",
+}
 # imported inside functions, or inside a `try`, so that megnorm works without them
 OPTIONAL = {
-    "apex", "flash_attn", "flash_attn_interface", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
+    "apex", "flash_attn", "flash_attn_interface", "fsspec", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
     "pyarrow", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
     "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip

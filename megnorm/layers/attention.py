@@ -1,6 +1,7 @@
 """Self-attention as a sub-layer: projections, norms inside, softmax, output projection."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ class SelfAttention(SubLayer):
     q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
     """
 
-    def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env) -> None:
-        super().__init__(spec, cfg.width, cfg.dropout, env)
+    def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str) -> None:
+        super().__init__(spec, cfg.width, cfg.dropout, env, name)
         h, kv, hd = cfg.heads, cfg.kv, cfg.hd
-        self.hd, self.heads = hd, h
+        self.hd = hd
         self.qkv = ColumnParallelLinear(
             cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.bias
         )
@@ -35,28 +36,34 @@ class SelfAttention(SubLayer):
         self.scale_place = spec.head_scale
         if spec.head_scale is not None:
             self.head_scale = parameter(*_head_scale(spec.head_scale, h, env))
-        self.attention_dropout, self.rng = cfg.attention_dropout, env.rng
+        self.attention_dropout, self.rng, self.core_name = cfg.attention_dropout, env.rng, f"{name}.core"
         self.attend = env.kernel("attention", head_dim=hd, dropout=cfg.attention_dropout > 0)
         self.rope = env.kernel("rope")
 
     def body(self, u: Tensor, context: Context) -> Tensor:
-        q, k, v = self.qkv(u)
+        y = self.recompute("attention", partial(self._core, context=context), *self.qkv(u))
+        y = self.recompute("projections", self.o, y)
+        if self.scale_place == "post_projection":
+            y = self.recompute("norms", self._scale_slices, y)
+        return y
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """All between the two GEMMs: q [s, b, h hd / tp], k, v [s, b, kv hd / tp] -> [s, b, h hd / tp]."""
         q = self.q_norm(q).unflatten(-1, (-1, self.hd))
         k = self.k_norm(k).unflatten(-1, (-1, self.hd))
         v = self.v_norm(v).unflatten(-1, (-1, self.hd))
         if context.rope is not None:
             q, k = self.rope(q, *context.rope), self.rope(k, *context.rope)
-        y = self.context_norm(self._attend(q, k, v, context).flatten(2))
-        if self.scale_place == "pre_projection":
-            y = (y.unflatten(-1, (-1, self.hd)) * self.head_scale[:, None]).flatten(2)
-        y = self.o(y)
-        if self.scale_place == "post_projection":
-            y = (y.unflatten(-1, (self.heads, -1)) * self.head_scale[:, None]).flatten(2)
-        return y
+        # W_o's GEMM would make a contiguous copy of its own, which it would save beside this tensor.
+        y = self.context_norm(self._attend(q, k, v, context).flatten(2).contiguous())
+        return self.recompute("norms", self._scale_slices, y) if self.scale_place == "pre_projection" else y
+
+    def _scale_slices(self, y: Tensor) -> Tensor:
+        return (y.unflatten(-1, (len(self.head_scale), -1)) * self.head_scale[:, None]).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         p = self.attention_dropout if self.training else 0.0
-        with self.rng.as_default(local=True) if p > 0.0 else nullcontext():
+        with self.rng.as_default(self.core_name, local=True) if p > 0.0 else nullcontext():
             return self.attend(q, k, v, mask=context.mask, documents=context.documents, dropout=p)
 
 

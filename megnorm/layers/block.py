@@ -1,4 +1,7 @@
-"""A transformer layer: the sub-layers of one resolved Layer."""
+"""A transformer layer, the sub-layers of one resolved Layer; and a stack of them."""
+
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,13 +13,16 @@ from megnorm.norms import scheme
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: [s, b, d] -> [s, b, d]. With ``parallel_block`` both read the layer's input."""
+    """Attention, then feed-forward: [s, b, d] -> [s, b, d]. With ``parallel_block`` both read the layer's input.
 
-    def __init__(self, layer: scheme.Layer, cfg: ModelConfig, env: Env) -> None:
+    index: global, 0-based.
+    """
+
+    def __init__(self, layer: scheme.Layer, cfg: ModelConfig, env: Env, index: int) -> None:
         super().__init__()
         self.parallel = cfg.parallel_block
-        self.attention = SelfAttention(layer.attention, cfg, env)
-        self.ffn = FeedForward(layer.ffn, cfg, env)
+        self.attention = SelfAttention(layer.attention, cfg, env, f"blocks.{index}.attention")
+        self.ffn = FeedForward(layer.ffn, cfg, env, f"blocks.{index}.ffn")
         for name in ("skip", "branch"):
             mine, other = getattr(layer.ffn.residual, name), getattr(layer.attention.residual, name)
             if mine.shared and other.shared and mine.learned is not None:
@@ -25,3 +31,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention(x, context, layer_input=x)
         return self.ffn(y, context, layer_input=x, read=x if self.parallel else None)
+
+
+def run_blocks(blocks: Sequence[nn.Module], x: Tensor, context: Context, env: Env) -> Tensor:
+    """The blocks of a stage, one after the other: [s, b, d] -> [s, b, d]; the first ones with recompute, if so asked."""
+    count = len(blocks) if env.recompute.blocks is None else env.recompute.blocks
+    with env.recompute.recording(env.rng):
+        for block in blocks[:count]:
+            x = env.recompute("block", partial(block, context=context), x)
+    for block in blocks[count:]:
+        x = block(x, context)
+    return x

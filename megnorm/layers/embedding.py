@@ -99,7 +99,7 @@ class Embedding(nn.Module):
         self.token = TokenEmbedding(cfg, padded_vocab, env, shared=shared)
         self.position = PositionEmbedding(cfg, env) if cfg.positions in ("learned", "sinusoidal") else None
         self.norm = norm_or_identity(norm, "embedding", 1, cfg.width, env)
-        self.dropout = Dropout(cfg.dropout, env, local=env.mesh.sequence_parallel)
+        self.dropout = Dropout(cfg.dropout, env, "embed", local=env.mesh.sequence_parallel)
         self.scale = cfg.width**0.5 if cfg.embedding_scale == "sqrt_width" else float(cfg.embedding_scale)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:

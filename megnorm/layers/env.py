@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megnorm.kernels import backends, registry
+from megnorm.layers.recompute import Recompute
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.rng import DropoutRng
 
@@ -16,7 +17,7 @@ assert backends.REFERENCE  # imported for its offers
 
 @dataclass(frozen=True)
 class Env:
-    """Where and of what a layer is built: mesh, dtype of parameters, preferred kernels, dropout's random streams.
+    """Where and of what a layer is built: mesh, dtype of parameters, preferred kernels, dropout's masks, recompute.
 
     compute: dtype of activations, for which kernels are chosen; None: dtype. (Weights start in fp32 and are lowered later.)
     """
@@ -26,6 +27,7 @@ class Env:
     prefer: Mapping[str, str] = field(default_factory=dict)
     rng: DropoutRng = field(default_factory=lambda: DropoutRng(torch.device("cpu")))
     compute: torch.dtype | None = None
+    recompute: Recompute = field(default_factory=Recompute)
 
     @property
     def device(self) -> torch.device:

@@ -13,8 +13,8 @@ from megnorm.norms import scheme
 class FeedForward(SubLayer):
     """W_down N_inner(act(W_up u)), or act(W_gate u) * (W_up u) inside where gated: [s, b, d] -> [s, b, d]."""
 
-    def __init__(self, spec: scheme.FFN, cfg: ModelConfig, env: Env) -> None:
-        super().__init__(spec, cfg.width, cfg.dropout, env)
+    def __init__(self, spec: scheme.FFN, cfg: ModelConfig, env: Env, name: str) -> None:
+        super().__init__(spec, cfg.width, cfg.dropout, env, name)
         self.gated = cfg.gated
         outs = (Out("gate", cfg.ffn), Out("up", cfg.ffn)) if cfg.gated else (Out("up", cfg.ffn),)
         self.up = ColumnParallelLinear(cfg.width, outs, env, bias=cfg.bias)
@@ -23,7 +23,11 @@ class FeedForward(SubLayer):
         self.act = env.kernel("activation", kind=GATED.get(cfg.activation, cfg.activation))
 
     def body(self, u: Tensor, context: Context) -> Tensor:
-        if self.gated:
-            gate, up = self.up(u)
-            return self.down(self.inner_norm(self.act(gate) * up))
-        return self.down(self.inner_norm(self.act(self.up.linear(u))))
+        inner = self.inner_norm(self.recompute("activations", self._activate, self.up.linear(u)))
+        return self.recompute("projections", self.down, inner)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if not self.gated:
+            return self.act(h)
+        gate, up = h.split(self.up.sizes, dim=-1)
+        return self.act(gate) * up

@@ -43,6 +43,7 @@ class NormLayer(nn.Module):
         self.n = width if norm.over == "head" else units * width
         for name, form, value in parameters_of(norm):
             setattr(self, name, parameter(*self._storage(form, value, env)))
+        self.recompute = env.recompute
         self.kernel = env.kernel("norm", kind=norm.kind, sharded=self.axis.size > 1)
         share = 1.0 / self.held.replicas if self.axis.size > 1 else 1.0
         self.args = NormArgs(float(norm.eps or 0.0), self.n, norm.cast == "before_gain", share, self._reduce)
@@ -75,6 +76,9 @@ class NormLayer(nn.Module):
         return _SumBoth.apply(x, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.recompute("norms", self._normalize, x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
         shape = x.shape
         if self.heads is not None:
             x = x.unflatten(-1, self.heads)

@@ -10,16 +10,19 @@ from megnorm.norms import scheme
 
 
 class Dropout(nn.Module):
-    """Zero elements with probability p and scale the rest by 1 / (1 - p); the mask comes from a stream of ``Env.rng``."""
+    """Zero elements with probability p and scale the rest by 1 / (1 - p).
 
-    def __init__(self, p: float, env: Env, *, local: bool) -> None:
+    The mask is a function of ``name`` and of the place of ``Env.rng``; local: it differs between tp ranks.
+    """
+
+    def __init__(self, p: float, env: Env, name: str, *, local: bool) -> None:
         super().__init__()
-        self.p, self.stream = p, env.rng.stream(local)
+        self.p, self.rng, self.name, self.local = p, env.rng, name, local
 
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0.0 or not self.training:
             return x
-        keep = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self.stream)
+        keep = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self.rng.enter(self.name, local=self.local))
         # By a Python number: in bf16 a mask of 1 / 0.9 would be rounded, and the mean with it.
         return (x * keep) * (1.0 / (1.0 - self.p))
 
@@ -28,15 +31,17 @@ class SubLayer(nn.Module):
     """A residual sub-layer: x' = post(skip * r + branch * output(F(input(x)))).
 
     stream [s, b, d] -> same ([s/tp, b, d] with sequence parallelism). Subclasses bring the branch F as ``body``.
+    name: the sub-layer's path in the whole model, of which dropout masks are a function.
     """
 
-    def __init__(self, spec: scheme.SubLayer, width: int, dropout: float, env: Env) -> None:
+    def __init__(self, spec: scheme.SubLayer, width: int, dropout: float, env: Env, name: str) -> None:
         super().__init__()
         self.input_norm = norm_or_identity(spec.input, "input", 1, width, env)
         self.output_norm = norm_or_identity(spec.output, "output", 1, width, env)
         self.post_norm = norm_or_identity(spec.post, "post", 1, width, env)
         self.residual = residual_rule(spec.residual, width, env)
-        self.dropout = Dropout(dropout, env, local=env.mesh.sequence_parallel)
+        self.recompute = env.recompute
+        self.dropout = Dropout(dropout, env, name, local=env.mesh.sequence_parallel)
 
     def body(self, u: Tensor, context: Context) -> Tensor:
         """The branch F: [s, b, d] -> [s, b, d]. Abstract: every kind of sub-layer has its own."""

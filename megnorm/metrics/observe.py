@@ -150,6 +150,8 @@ class Observer:
     # Activations
 
     def _see(self, index: int, side: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a recompute in backward: seen in the forward pass
+            return
         tensor = first_tensor(inputs if side == "input" else output)
         if tensor is not None:
             self._squares[index].append((square(tensor.detach()), tensor.numel()))

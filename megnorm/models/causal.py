@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megnorm.layers.attention import attention_mask
-from megnorm.layers.block import Block
+from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
@@ -14,6 +14,7 @@ from megnorm.layers.loss import cross_entropy
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import rope_table, token_positions
 from megnorm.models.config import ModelConfig
+from megnorm.models.count import padded_vocabulary
 from megnorm.norms.resolve import Resolved, resolve
 
 
@@ -51,8 +52,8 @@ class CausalLM(nn.Module):
             token = self.embed.token
         elif self.last and cfg.tied_head:
             token = TokenEmbedding(cfg, padded_vocab, env, shared=True, copy=True)
-            self.embed = nn.ModuleDict({"token": token})
-        self.blocks = nn.ModuleDict({str(i): Block(resolved.layers[i], cfg, env) for i in range(begin, end)})
+            self.add_module("embed", nn.ModuleDict({"token": token}))  # under the name of the first stage's
+        self.blocks = nn.ModuleDict({str(i): Block(resolved.layers[i], cfg, env, i) for i in range(begin, end)})
         if self.last:
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
             self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)
@@ -87,8 +88,7 @@ class CausalLM(nn.Module):
         if self.cfg.positions == "rotary":
             rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
         context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
-        for block in self.blocks.values():
-            x = block(x, context)
+        x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.last else x
 
     def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
@@ -122,7 +122,7 @@ def build_model(
     """
     env = env or Env()
     resolved = resolved or resolve(cfg.norm, cfg.layers)
-    step = vocab_multiple * env.mesh.tp.size
-    model = CausalLM(cfg, resolved, -(-cfg.vocab_size // step) * step, env, layers)
+    padded = padded_vocabulary(cfg.vocab_size, vocab_multiple, env.mesh.tp.size)
+    model = CausalLM(cfg, resolved, padded, env, layers)
     initialize(model, cfg, resolved, seed)
     return model

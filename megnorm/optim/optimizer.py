@@ -1,4 +1,4 @@
-"""AdamW on the pieces of logical matrices that a rank updates: what a step does to weights, and the state it keeps."""
+"""What a step does to the pieces of logical matrices that a rank updates, and the state it keeps: AdamW, or Muon and AdamW."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from megnorm.optim.config import OptimConfig
+from megnorm.optim.muon import Muon, takes
 from megnorm.parallel.layout import Piece
+from megnorm.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class State:
-    """One tensor of optimizer state ("exp_avg", "exp_avg_sq"), a vector like the piece it belongs to."""
+    """One tensor of optimizer state ("exp_avg", "exp_avg_sq", "momentum"), a vector like the piece it belongs to."""
 
     kind: str
     piece: Piece
@@ -20,10 +22,19 @@ class State:
 
 
 class Optimizer:
-    """torch.optim.AdamW over the masters of ``pieces``; groups share weight decay and a factor on the rate."""
+    """torch.optim.AdamW over the masters of ``pieces``; groups share weight decay and a factor on the rate.
 
-    def __init__(self, pieces: Sequence[Piece], config: OptimConfig) -> None:
-        self.pieces, self.config = list(pieces), config
+    With ``optim.name=muon`` the matrices that Muon takes are its own. sharded: the pieces of the ranks of the dp axis
+    differ (ZeRO-1). Every rank of the mesh must build one.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], config: OptimConfig, mesh: Mesh, *, sharded: bool) -> None:
+        self.muon: Muon | None = None
+        if config.name == "muon":
+            matrices = [piece for piece in pieces if takes(piece.named.matrix)]
+            self.muon = Muon(matrices, config, mesh, sharded=sharded)
+            pieces = [piece for piece in pieces if not takes(piece.named.matrix)]
+        self.pieces = list(pieces)  # AdamW's
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for piece in self.pieces:
             role = piece.named.matrix.role
@@ -53,12 +64,17 @@ class Optimizer:
         self.adamw.step()
         for piece in self.pieces:
             piece.master.grad = None
+        if self.muon is not None:
+            self.muon.step(lr)
 
     def states(self) -> Iterator[State]:
         """The moments of every piece; with the masters and the number of updates, all that continues exactly."""
         for piece in self.pieces:
             for kind in ("exp_avg", "exp_avg_sq"):
                 yield State(kind, piece, self.adamw.state[piece.master][kind])
+        if self.muon is not None:
+            for name, tensor in self.muon.momentum.items():
+                yield State("momentum", self.muon.pieces[name], tensor)
 
     def set_updates(self, count: int) -> None:
         """Tell AdamW how many updates its moments have seen (bias correction), after a load."""

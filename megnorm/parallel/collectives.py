@@ -4,6 +4,7 @@ Activations are [s, b, ...]; with sequence parallelism dimension 0 is split over
 collectives below.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.parallel.mesh import Axis
+from megnorm.parallel.recorder import RECORDER
 
 T = TypeVar("T")
 
@@ -22,7 +24,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or other reduction) of x over the axis, in place; no gradient."""
     if axis.size > 1:
+        RECORDER.begin("all_reduce", axis.name, x.nbytes)
         dist.all_reduce(x, op=op, group=axis.group)
+        RECORDER.end()
     return x
 
 
@@ -31,7 +35,9 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    RECORDER.begin("all_gather", axis.name, out.nbytes)
     _all_gather(out, x.contiguous(), group=axis.group)
+    RECORDER.end()
     return out
 
 
@@ -40,8 +46,17 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    RECORDER.begin("reduce_scatter", axis.name, x.nbytes)
     _reduce_scatter(out, x.contiguous(), group=axis.group)
+    RECORDER.end()
     return out
+
+
+def wait_for(work: dist.Work, what: str, axis: str, size: int) -> None:
+    """Wait for a collective or message under way. size: its bytes."""
+    RECORDER.begin(what, axis, size)
+    work.wait()
+    RECORDER.end()
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:
@@ -58,7 +73,18 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
 def start_all_gather(x: Tensor, own: int, axis: Axis) -> dist.Work:
     """Begin to fill x [n * size] with the parts of all ranks; this rank's part lies at ``own``."""
     part = x[own : own + x.shape[0] // axis.size].clone()
-    return _all_gather(x, part, group=axis.group, async_op=True)
+    work: dist.Work = _all_gather(x, part, group=axis.group, async_op=True)
+    return work
+
+
+def start_all_to_all(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis
+) -> tuple[Tensor, dist.Work | None]:
+    """Begin to hand out x, of which ``sent[r]`` elements go to rank r: what arrives, in rank order, and the work."""
+    if axis.size == 1:
+        return x, None
+    out = x.new_empty(sum(received))
+    return out, dist.all_to_all_single(out, x, list(received), list(sent), group=axis.group, async_op=True)
 
 
 def gather_objects(value: T, axis: Axis) -> list[T]:

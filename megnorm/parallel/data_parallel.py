@@ -12,23 +12,17 @@ forward pass, which waits for a bucket where it is first used (arXiv:1910.02054,
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megnorm.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megnorm.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait_for
 from megnorm.parallel.layout import Named, Piece, layout_of, named_matrices, reduce_replicated_grads
 from megnorm.parallel.mesh import Mesh
 
 ALIGN = 64  # elements: where a parameter may begin; a multiple of what any GEMM kernel asks for
-
-
-class Stage(Protocol):
-    """What this file asks of a stage beside being a module: the parts that forward calls in order."""
-
-    def units(self) -> Sequence[nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,7 @@ class DataParallel:
         self._next = 0
         if self.shard:
             for module in stages.values():
-                self._watch(module)  # type: ignore[arg-type]
+                self._watch(module)
 
     @staticmethod
     def _order(stages: Mapping[int, nn.Module]) -> tuple[list[nn.Parameter], dict[int, int]]:
@@ -170,7 +164,7 @@ class DataParallel:
             master = self._masters[self.buckets.index(bucket)]
             view = n.view()
             assert view.is_contiguous(), "a logical matrix lies in whole rows of its storage"
-            begin = start_of[id(n.param)] + view.storage_offset() - n.param.storage_offset()
+            begin = start_of[id(n.param)] + int(view.storage_offset()) - int(n.param.storage_offset())
             first, last = max(begin, bucket.own[0]), min(begin + view.numel(), bucket.own[1])
             if first < last:
                 yield Piece(
@@ -228,7 +222,8 @@ class DataParallel:
         for bucket in self.buckets:
             bucket.expected = False
             if bucket.work is not None:
-                bucket.work.wait()
+                size = (bucket.stop - bucket.start) * self.grads.itemsize
+                wait_for(bucket.work, "gradient sum", "dp", size)
             if bucket.part is not None:
                 self.grads[slice(*bucket.own)] = bucket.part
             bucket.work = bucket.part = None
@@ -272,7 +267,7 @@ class DataParallel:
 
 def _wait(bucket: Bucket) -> None:
     if bucket.gathering is not None:
-        bucket.gathering.wait()
+        wait_for(bucket.gathering, "weight gather", "dp", bucket.stop - bucket.start)
         bucket.gathering = None
 
 

@@ -130,3 +130,20 @@ def _axes(
         return Axis(name, size, dist.get_rank(group), group if size > 1 else None)
 
     return axis("pp", mesh["pp"]), axis("dp", mesh["dp"]), axis("tp", flat), axis("kv", mesh["kv"])
+
+
+def stage_axis(mesh: Mesh) -> Axis:
+    """All ranks of this rank's stage: dp x tp, dp first. Every rank of the mesh must call it, since it may make groups."""
+    dp, tp = mesh.dp, mesh.tp
+    width = dp.size * tp.size
+    if dp.size == 1 or tp.size == 1:
+        group = tp.group if dp.size == 1 else dp.group
+    else:
+        group = _stage_group(dist.group.WORLD, mesh.pp.size, width)
+    return Axis("stage", width, dp.rank * tp.size + tp.rank, group)
+
+
+@functools.cache
+def _stage_group(everyone: dist.ProcessGroup | None, pp: int, width: int) -> dist.ProcessGroup | None:
+    stages = [list(range(stage * width, (stage + 1) * width)) for stage in range(pp)]
+    return everyone if pp == 1 else _own_group(stages)

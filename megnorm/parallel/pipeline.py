@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megnorm.parallel.collectives import wait_for
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.schedule import Action, Schedule
 
@@ -59,7 +60,8 @@ class Pipeline:
         messages = _Messages(schedule, actions, self.stages, batches, self.mesh)
         final = set({action.stage: action for action in actions if action.kind == "B"}.values())
         inputs: dict[tuple[int, int], Tensor] = {}
-        outputs: dict[tuple[int, int], Tensor | GradientEdge] = {}
+        outputs: dict[tuple[int, int], GradientEdge] = {}
+        loss_grad: Tensor | None = None
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for action in actions:
             place = (action.stage, action.micro_batch)
@@ -77,14 +79,14 @@ class Pipeline:
                     if carry is not None:
                         inputs[place] = carry
                     # Backward needs the output's place in the graph, not its values: they are free once sent.
-                    outputs[place] = output if action.stage == last else get_gradient_edge(output)
+                    outputs[place] = get_gradient_edge(output)
+                    if action.stage == last:
+                        loss_grad = torch.full_like(output, scale)
                 del output
             else:
-                root, grad = outputs.pop(place), arrived
-                if grad is None:
-                    assert isinstance(root, Tensor)
-                    grad = torch.full_like(root, scale)
-                torch.autograd.backward([root], [grad])  # type: ignore[list-item]
+                grad = loss_grad if arrived is None else arrived
+                assert grad is not None
+                torch.autograd.backward([outputs.pop(place)], [grad])
                 if action.stage > 0:
                     received = inputs.pop(place).grad
                     assert received is not None
@@ -123,7 +125,7 @@ class _Messages:
         message, work = self.posted.pop(action)
         if self.due:
             self._post(self.due.popleft())
-        work.wait()
+        wait_for(work, f"receive {source}", "pp", message.nbytes)
         self._free(source)
         return message
 
@@ -135,8 +137,8 @@ class _Messages:
                 self._wait(target)
 
     def _wait(self, target: Action) -> None:
-        _, work = self.sent.pop(target)
-        work.wait()
+        message, work = self.sent.pop(target)
+        wait_for(work, f"send for {target}", "pp", message.nbytes)
 
     def _post(self, action: Action) -> None:
         source = self.schedule.source(action)

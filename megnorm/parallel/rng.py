@@ -1,12 +1,13 @@
-"""Seeds by name, and the two random streams of dropout under tensor parallelism.
+"""Seeds by name, and dropout's masks as a function of place.
 
-Every random number is a function of (seed, what for): a resumed run, another layout or another order of construction
-draws the same ones.
+Every random number is a function of (seed, what for): a resumed run, another layout, another order of construction or a
+unit that is computed a second time draws the same ones.
 """
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -17,34 +18,59 @@ def derive(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-class DropoutRng:
-    """Dropout's random numbers: the shared stream is equal on all ranks of a tp group, the local one differs by rank.
+@dataclass(frozen=True)
+class Place:
+    """What draws, beside the unit's name. No pipeline rank: masks are the same however the layers are spread."""
 
-    ``start`` fixes both for one micro-batch of one step; nothing needs to be saved for a resume.
+    seed: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    dp_rank: int = 0
+    tp_rank: int = 0
+
+
+class DropoutRng:
+    """Dropout's random numbers: those of a unit begin anew from (place, name) whenever it enters.
+
+    Nothing is carried from one unit to the next, so nothing needs to be saved for a resume, and what is computed again in
+    backward draws its masks again. Shared numbers are equal on all ranks of a tp group, local ones differ by rank.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.shared = torch.Generator(device)
-        self.local = torch.Generator(device)
+        self.place = Place()
+        self._generator = torch.Generator(device)
 
-    def start(self, seed: int, *place: object, tp_rank: int) -> None:
-        """Begin the streams of a place, e.g. (step, micro-batch, dp rank, stage)."""
-        self.shared.manual_seed(derive(seed, "dropout", *place))
-        self.local.manual_seed(derive(seed, "dropout", *place, "tp", tp_rank))
-
-    def stream(self, local: bool) -> torch.Generator:
-        return self.local if local else self.shared
+    def begin(self, seed: int, step: int, micro_batch: int, dp_rank: int, tp_rank: int) -> None:
+        """Fix the place for the micro-batch whose forward pass comes now."""
+        self.place = Place(seed, step, micro_batch, dp_rank, tp_rank)
 
     @contextmanager
-    def as_default(self, local: bool) -> Iterator[None]:
-        """Lend a stream to torch's default generator, for kernels that draw by themselves (attention dropout)."""
-        stream = self.stream(local)
-        default = torch.cuda.default_generators[stream.device.index or 0] if stream.device.type == "cuda" else None
-        target = default if default is not None else torch.default_generator
-        before = target.get_state()
-        target.set_state(stream.get_state())
+    def at(self, place: Place) -> Iterator[None]:
+        """Return to the place of a micro-batch for what is computed again (others may have begun since)."""
+        now, self.place = self.place, place
         try:
             yield
         finally:
-            stream.set_state(target.get_state())
-            target.set_state(before)
+            self.place = now
+
+    def enter(self, name: str, *, local: bool) -> torch.Generator:
+        """The generator at the beginning of a unit's numbers; the next ``enter`` takes it away."""
+        return self._generator.manual_seed(self._seed(name, local))
+
+    @contextmanager
+    def as_default(self, name: str, *, local: bool) -> Iterator[None]:
+        """Enter with torch's default generator, for kernels that draw by themselves (attention dropout)."""
+        device = self._generator.device
+        cuda = device.type == "cuda"
+        default = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
+        before = default.get_state()
+        default.manual_seed(self._seed(name, local))
+        try:
+            yield
+        finally:
+            default.set_state(before)
+
+    def _seed(self, name: str, local: bool) -> int:
+        p = self.place
+        rank = ("tp", p.tp_rank) if local else ()
+        return derive(p.seed, "dropout", p.step, p.micro_batch, p.dp_rank, name, *rank)

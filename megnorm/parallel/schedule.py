@@ -115,7 +115,8 @@ def make_schedule(name: str, ranks: int, chunks: int, micro_batches: int) -> Sch
     """
     check_sizes(name, ranks, chunks, micro_batches)
     total = chunks * micro_batches
-    rows, order = [], tuple(_order(ranks, chunks, micro_batches))
+    order = tuple(_order(ranks, chunks, micro_batches))
+    rows = []
     for rank in range(ranks):
         forwards = [Action("F", chunk * ranks + rank, i) for chunk, i in order]
         backwards = [Action("B", (chunks - 1 - chunk) * ranks + rank, i) for chunk, i in order]

@@ -8,18 +8,22 @@ import torch
 
 from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
+from megnorm.data.choose import open_split
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
+from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
 from megnorm.models.causal import CausalLM, build_model
 from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
+from megnorm.parallel.layout import Named, named_matrices
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
+from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -35,11 +39,14 @@ class Samples(Protocol):
 class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
-    pipeline: the stages of this rank. flat: their weights and gradients, and the pieces of them that it updates.
+    stages: of this rank, by global index. named: their logical matrices. pipeline: runs them. flat: their weights and
+    gradients, and the pieces of them that it updates.
     """
 
     plan: Plan
     mesh: Mesh
+    stages: dict[int, CausalLM]
+    named: list[Named]
     pipeline: Pipeline
     rng: DropoutRng
     flat: DataParallel
@@ -52,6 +59,7 @@ class Run:
     consumed: int = 0
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
+    guard: Guard = field(default_factory=Guard)
 
 
 def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:
@@ -70,10 +78,12 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
     return Run(
         plan,
         mesh,
+        stages,
+        list(named_matrices(*stages.values())),
         Pipeline(stages, mesh),
         rng,
         flat,
-        Optimizer(flat.pieces, config.optim),
+        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard),
         LossScale(config.optim.loss_scale if config.train.precision == "fp16" else 1.0, config.optim.loss_scale_window),
         Observer(
             list(stages.values()),
@@ -86,6 +96,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         train_data,
         valid_data,
         barrier=own_barrier(),
+        guard=Guard(config.train.guard),
     )
 
 
@@ -104,10 +115,11 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
 
 
 def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRng]:
-    """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and their dropout's streams."""
+    """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and the place of their dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
-    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute)
+    recompute = Recompute(config.train.recompute, config.train.recompute_blocks)
+    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute, recompute)
     stages = {
         index: build_model(
             config.model,
@@ -140,15 +152,18 @@ def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParal
     )
 
 
-def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None) -> Loader:
-    """The loader of a split; state: of the checkpoint that the run continues."""
+def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Loader:
+    """The loader of a split; state: of the checkpoint that the run continues, after ``done`` steps."""
     config, t = plan.config, plan.config.train
-    return Loader(
+    used = 0 if state is None else state["samples"]
+    loader = open_split(
         config.data,
         split,
         sequence_length=t.sequence_length,
         seed=t.seed,
         vocab_size=config.model.vocab_size,
-        samples=(t.steps if split == "train" else t.eval_batches) * t.global_batch,
+        samples=t.consumed_after(t.steps - done, used) if split == "train" else used + t.eval_batches * t.global_batch,
         state=state,
     )
+    assert isinstance(loader, Loader)  # the plan refuses a task that the model cannot use
+    return loader

@@ -11,6 +11,8 @@ import torch
 from megnorm import config as configs
 from megnorm.hf.families.registry import choose
 from megnorm.kernels import backends, registry
+from megnorm.parallel.schedule import simulate
+from megnorm.parallel.schedule_text import draw
 from megnorm.plan import Plan, make_plan
 from megnorm.train import dryrun
 
@@ -20,6 +22,7 @@ OPTIONAL = {
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
     "zstandard": ".zst input (megnorm[data])",
+    "fsspec": "token files in object stores (megnorm[remote])",
 }
 
 
@@ -40,8 +43,12 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text: layout, layers, parameters by role."""
+    """The plan as text: layout, parameters by role, stages of a pipeline."""
     m, config = plan.config.model, plan.config
+    t, ramp = config.train, config.train.batch_ramp
+    climb = (
+        f", batches from {ramp.start} by {ramp.increment} over the first {ramp.samples} samples" if ramp.start else ""
+    )
     lines = [
         f"scheme          {plan.resolved.scheme}, {m.norm.kind}",
         f"model           {m.layers} layers, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
@@ -49,15 +56,35 @@ def describe(plan: Plan) -> str:
         f"vocabulary      {m.vocab_size}, stored as {plan.padded_vocab}; head {'tied' if m.tied_head else 'untied'}",
         f"parameters      {plan.parameters:,}",
         *(f"  {role:<14}{count:,}" for role, count in sorted(plan.parameters_by_role.items(), key=lambda x: -x[1])),
-        f"ranks           {plan.world}: tp {config.parallel.tp} x dp {plan.dp}"
+        f"ranks           {plan.world}: tp {config.parallel.tp} x pp {config.parallel.pp} x dp {plan.dp}"
         + (", sequence parallel" if plan.sequence_parallel else ""),
         f"step            {config.train.global_batch} sequences of {config.train.sequence_length}: {plan.tokens_per_step:,} "
         f"tokens in {plan.micro_batches} micro-batches a rank, {config.train.precision}",
-        f"run             {config.train.steps} steps, {plan.tokens_per_step * config.train.steps:,} tokens",
+        f"run             {t.steps} steps, {t.consumed_after(t.steps) * t.sequence_length:,} tokens{climb}",
         f"folder          {config.train.out}",
         f"Hugging Face    {native_target(plan)}",
     ]
+    if config.parallel.pp > 1:
+        lines += describe_pipeline(plan)
     return "\n".join([*lines, *(f"warning         {warning}" for warning in plan.warnings)])
+
+
+def describe_pipeline(plan: Plan) -> list[str]:
+    """Stages with their layers and share of the work, the bubble with these stages and with equal ones, a picture."""
+    schedule, costs = plan.schedule, plan.stage_costs
+    timeline, even = simulate(schedule, forward=costs, backward=[2 * cost for cost in costs]), simulate(schedule)
+    lines = [
+        f"schedule        {schedule.name}, bubble {timeline.bubble:.1%} ({even.bubble:.1%} were all stages alike)",
+        f"activations     held at most, in micro-batches of a stage, by rank: {' '.join(map(str, timeline.peak))}",
+    ]
+    for stage, (first, last) in enumerate(plan.stages):
+        layers = f"layer {first}" if last == first + 1 else f"layers {first} to {last - 1}"
+        more = ["embedding"] * (stage == 0) + ["final norm", "head"] * (stage == schedule.stages - 1)
+        held = ", ".join([layers, *more])
+        lines.append(
+            f"  stage {stage:<8}rank {schedule.placement[stage]}: {held}; {costs[stage] / sum(costs):.1%} of FLOPs"
+        )
+    return [*lines, *draw(timeline).splitlines()]
 
 
 def native_target(plan: Plan) -> str:

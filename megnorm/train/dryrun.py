@@ -67,14 +67,18 @@ def _place(plan: Plan, mesh: Mesh) -> Memory:
     lowered = env.dtype != compute
     held, used = _shares(flat, stages, mesh)
     state = (held * lowered + used * MOMENTS) * env.dtype.itemsize
-    return Memory(mesh.pp.rank, mesh.tp.rank, tuple(stages), flat.weights.nbytes, flat.grads.nbytes, tuple(state.tolist()))
+    return Memory(
+        mesh.pp.rank, mesh.tp.rank, tuple(stages), flat.weights.nbytes, flat.grads.nbytes, tuple(state.tolist())
+    )
 
 
 def _shares(flat: DataParallel, stages: dict[int, CausalLM], mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     """By dp rank: elements of the ranges that it updates, and how many of them are not padding."""
     parts = mesh.dp.size if flat.shard else 1
     edges = np.stack([np.linspace(b.start, b.stop, parts + 1, dtype=np.int64) for b in flat.buckets])
-    spans = sorted((view.storage_offset(), view.numel()) for view in (n.view() for n in named_matrices(*stages.values())))
+    spans = sorted(
+        (view.storage_offset(), view.numel()) for view in (n.view() for n in named_matrices(*stages.values()))
+    )
     starts, sizes = np.array(spans).T
     # Elements of matrices below a place in storage: 0, then rising through every span, level between spans.
     places = np.stack([starts, starts + sizes], 1).ravel()
@@ -89,7 +93,9 @@ def table(plan: Plan) -> list[str]:
     places: dict[int, list[Memory]] = {}
     for place in memory(plan):
         places.setdefault(place.pp, []).append(place)
-    lines = [f"{'memory in GB':<16}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'together':>10}{'fullest / mean':>16}"]
+    lines = [
+        f"{'memory in GB':<16}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'together':>10}{'fullest / mean':>16}"
+    ]
     for pp, found in places.items():
         fullest = max(found, key=lambda place: max(place.totals))
         mean = float(np.mean([place.totals for place in found]))

@@ -38,17 +38,34 @@ def schemes() -> list[str]:
 
 
 def config(
-    scheme: str, *, kv: int = 2, kind: str = "rmsnorm", model: str = "llama", precision: str = "fp64", **parallel: Any
+    scheme: str,
+    *,
+    kv: int = 2,
+    kind: str = "rmsnorm",
+    model: str = "llama",
+    precision: str = "fp64",
+    recompute: str = "",
+    **parallel: Any,
 ) -> RunConfig:
-    """A two-layer model of width 32 with 4 heads and a vocabulary of 97, which no layout divides."""
+    """A two-layer model of width 32 with 4 heads and a vocabulary of 97, which no layout divides.
+
+    recompute: modes, with + between them.
+    """
     name, options = OPTIONS.get(scheme, (scheme, {}))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
     sizes = ModelConfig(layers=layers, width=32, heads=4, kv_heads=kv, ffn=48, vocab_size=97, max_positions=16)
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
+    modes = tuple(recompute.split("+")) if recompute else ()
     return RunConfig(
         model=replace(sizes, norm=norm, **MODELS[model]),
         parallel=ParallelConfig(**parallel),
-        train=TrainConfig(sequence_length=8, micro_batch=2, global_batch=8, precision=precision),  # type: ignore[arg-type]
+        train=TrainConfig(
+            sequence_length=8,
+            micro_batch=2,
+            global_batch=8,
+            precision=precision,
+            recompute=modes,  # type: ignore[arg-type]
+        ),
     )
 
 

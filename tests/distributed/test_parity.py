@@ -15,6 +15,7 @@ FACTORS = {
     "kv": (1, 2, 4),
     "kind": ("layernorm", "rmsnorm"),
     "model": tuple(cases.MODELS),
+    "recompute": ("", "block", "attention+norms+activations"),
 }
 LAYOUTS = cases.pairwise(FACTORS)
 # Fast: every scheme once, every pair of the other factors. Full: every scheme in every layout.
@@ -29,14 +30,14 @@ EVERY = [
 def check(ranks: Any, case: dict[str, Any], precision: str, steps: int) -> None:
     config = cases.config(
         case["scheme"], kv=case["kv"], kind=case["kind"], model=case["model"], precision=precision,
-        tp=case["tp"], sequence_parallel=case["sp"], keep_gathered=case.get("keep", False),
+        tp=case["tp"], sequence_parallel=case["sp"], keep_gathered=case.get("keep", False), recompute=case.get("recompute", ""),
     )  # fmt: skip
     difference = ranks(case["tp"]).run(parity.on_rank, config, steps)[0]
     assert difference.initial_equal
     assert difference.worst <= parity.TOLERANCE[precision], difference
 
 
-@pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(str(value) for value in case.values()))
+@pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(str(value) for value in case.values() if value != ""))
 def test_tensor_parallel_is_serial(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, "fp64", 2)
 

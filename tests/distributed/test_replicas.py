@@ -27,7 +27,7 @@ def slices(run: Run) -> dict[Slice, str]:
     """A digest of everything that this rank holds of weights, masters and moments, by the logical slice it is."""
     run.flat.wait_weights()
     found = {}
-    for n in named_matrices(*run.pipeline.stages.values()):  # type: ignore[arg-type]
+    for n in named_matrices(*run.stages.values()):
         found["weight", n.name, n.matrix.offset, n.matrix.local] = digest(n.view())
     held = [("master", piece, piece.master) for piece in run.flat.pieces]
     held += [(state.kind, state.piece, state.tensor) for state in run.optimizer.states()]

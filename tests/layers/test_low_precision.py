@@ -26,6 +26,6 @@ def test_a_norm_keeps_the_dtype_and_is_near_its_fp32_self(kind: str, gain: str, 
 
 def test_dropout_in_bf16_keeps_the_mean() -> None:
     """1/0.9 is no bf16 number: as a mask it would shrink the stream by 0.16%. Products of 9 are exact."""
-    dropout = Dropout(0.1, Env(), local=False)
+    dropout = Dropout(0.1, Env(), "embed", local=False)
     kept = dropout(torch.full((64,), 9.0, dtype=torch.bfloat16))
     assert set(kept.tolist()) == {0.0, 10.0}

@@ -197,7 +197,9 @@ def test_gradients_start_inside_the_last_backward(ranks: Any, name: str) -> None
                     assert at > max(ends)
                 else:
                     assert begin < at < end
-                    last = max(i for i, e in enumerate(events) if e[0] == "gradient" and rank["bucket of"][e[1]] == bucket)
+                    last = max(
+                        i for i, e in enumerate(events) if e[0] == "gradient" and rank["bucket of"][e[1]] == bucket
+                    )
                     assert at <= last + 1, "started later than when its last gradient was there"
             assert max(starts.values()) < min(waits.values()), "a wait holds up a start"
             assert min(waits.values()) > max(ends)

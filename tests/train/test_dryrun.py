@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megnorm import config as configs
 from megnorm.cli import main
@@ -75,7 +74,14 @@ def test_it_is_what_ranks_hold(layout: dict[str, Any], precision: str) -> None:
 
 
 def test_the_plan_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["model.layers=2", "model.width=64", "model.heads=4", "model.ffn=128", "parallel.pp=2", "train.global_batch=16"]
+    sizes = [
+        "model.layers=2",
+        "model.width=64",
+        "model.heads=4",
+        "model.ffn=128",
+        "parallel.pp=2",
+        "train.global_batch=16",
+    ]
     assert main(["plan", "--ranks", "4", "--memory", *sizes, "train.precision=bf16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("memory in GB") for line in lines)
