@@ -16,7 +16,7 @@ from megnorm.parallel.layout import full_tensor, named_matrices, reduce_replicat
 from megnorm.parallel.mesh import Mesh
 from megnorm.plan import Plan, make_plan
 from megnorm.train.build import build_trained_model, mesh_of, open_data
-from megnorm.train.step import micro_batches
+from megnorm.train.passes import micro_batches
 from tests.data.helpers import numbered
 from tests.distributed import cases
 from tests.distributed.pool import Pool
