@@ -236,8 +236,9 @@ class DataParallel:
     def gather_grads(self) -> None:
         """After ``finish``: the sums of all elements on every rank, for those who look at whole gradients."""
         for bucket in self.buckets if self.shard else ():
-            work = start_all_gather(self.grads[bucket.start : bucket.stop], bucket.own[0] - bucket.start, self.mesh.dp)
-            work.wait()
+            whole = self.grads[bucket.start : bucket.stop]
+            work = start_all_gather(whole, bucket.own[0] - bucket.start, self.mesh.dp)
+            wait_for(work, "gradient gather", "dp", whole.nbytes)
 
     # Weights
 
@@ -256,24 +257,22 @@ class DataParallel:
     def wait_weights(self) -> None:
         """Wait for all weights; forward waits by itself, whoever reads parameters otherwise calls this."""
         for bucket in reversed(self.buckets):
-            _wait(bucket)
+            self._wait(bucket)
+
+    def _wait(self, bucket: Bucket) -> None:
+        if bucket.gathering is not None:
+            wait_for(bucket.gathering, "weight gather", "dp", (bucket.stop - bucket.start) * self.weights.itemsize)
+            bucket.gathering = None
+
+    def _wait_for(self, buckets: list[Bucket], module: nn.Module, inputs: Any) -> None:
+        for bucket in buckets:
+            self._wait(bucket)
 
     def _watch(self, stage: Any) -> None:
         for unit in stage.units():
             buckets = list({id(b): b for b in (self._bucket_of[id(p)] for p in unit.parameters())}.values())
             if buckets:
-                unit.register_forward_pre_hook(partial(_wait_for, buckets))
-
-
-def _wait(bucket: Bucket) -> None:
-    if bucket.gathering is not None:
-        wait_for(bucket.gathering, "weight gather", "dp", bucket.stop - bucket.start)
-        bucket.gathering = None
-
-
-def _wait_for(buckets: list[Bucket], module: nn.Module, inputs: Any) -> None:
-    for bucket in buckets:
-        _wait(bucket)
+                unit.register_forward_pre_hook(partial(self._wait_for, buckets))
 
 
 def _needs_other_stages(param: nn.Parameter) -> bool:
