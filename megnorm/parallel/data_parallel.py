@@ -9,6 +9,7 @@ moments of that range alone: sums are reduce-scattered, and updated weights gath
 forward pass, which waits for a bucket where it is first used (arXiv:1910.02054, stage 1).
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -141,6 +142,13 @@ class DataParallel:
         self.weights = torch.zeros(total, dtype=compute, device=device)
         self.grads = torch.zeros(total, dtype=accumulate, device=device)
         self._masters: list[Tensor] = []  # by bucket, of its own range
+        on_grad = weakref.WeakMethod(self._on_grad)  # python cannot see, and free, a cycle through a tensor's hooks
+
+        def hook(param: Tensor) -> None:
+            method = on_grad()
+            assert method is not None, "parameters are used without the storage that holds them"
+            method(param)
+
         for bucket in self.buckets:
             wide = torch.zeros(bucket.stop - bucket.start, dtype=built, device=device)
             for param in bucket.params:
@@ -151,7 +159,7 @@ class DataParallel:
                 param.main_grad = self.grads[place].view_as(param)  # type: ignore[attr-defined]
                 if compute == accumulate:
                     param.grad = param.main_grad  # type: ignore[attr-defined]
-                param.register_post_accumulate_grad_hook(self._on_grad)
+                param.register_post_accumulate_grad_hook(hook)
             self.weights[bucket.start : bucket.stop] = wide
             first, last = bucket.own
             own = wide[first - bucket.start : last - bucket.start].clone()
