@@ -251,7 +251,12 @@ class DataParallel:
     # Weights
 
     def publish(self) -> None:
-        """After the masters have changed: lower them and start gathering what other ranks have updated."""
+        """After the masters have changed: lower them and start gathering what other ranks have updated.
+
+        Whoever changes masters otherwise than by the step that forward passes lie between calls ``wait_weights`` before:
+        a gather under way writes this rank's range too.
+        """
+        self.wait_weights()
         with torch.no_grad():
             for bucket, master in zip(self.buckets, self._masters, strict=True):
                 own = self.weights[slice(*bucket.own)]
