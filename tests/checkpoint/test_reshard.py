@@ -153,8 +153,19 @@ def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: P
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
+def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
+    """All pairs, dealt to the schemes."""
+    pairs = {
+        layout: [source for j, source in enumerate(TAKEN) if (i + j) % len(SCHEMES) == number]
+        for i, layout in enumerate(TAKEN)
+    }
+    check(ranks, tmp_path, SCHEMES[number], pairs, 10)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp_path: Path, scheme: str) -> None:
+def test_every_pair_of_layouts_in_every_scheme(ranks: Callable[[int], Pool], tmp_path: Path, scheme: str) -> None:
     check(ranks, tmp_path, scheme, dict.fromkeys(TAKEN, TAKEN), 10)
 
 
