@@ -213,9 +213,9 @@ def test_sidecar(folder: Path, kind: str) -> None:
     with IndexedWriter(folder / "a", np.uint16) as writer:
         writer.add(np.arange(4), [4], [1])
     (folder / f"a{SUFFIX}").write_bytes(SIDECARS[kind])
-    with pytest.raises(DataError, match="a.meta.json|a.idx"):
-        read_sidecar(str(folder / "a"))
-        verify(str(folder / "a"))
+    for read in (read_sidecar, verify):
+        with pytest.raises(DataError, match="a.meta.json: not a record of checksums"):
+            read(str(folder / "a"))
 
 
 # Texts --------------------------------------------------------------------------------------------------------------

@@ -30,11 +30,9 @@ def lines(plan: Plan, found: Resumed) -> Iterator[str]:
 
 
 def _sources(state: Mapping[str, Any]) -> str:
-    """Samples by source, where there are several or the state tells."""
-    consumed = state.get("consumed")
-    if not isinstance(consumed, Mapping):
-        return ""
-    return ": " + ", ".join(f"{count} of {path}" for path, count in consumed.items())
+    """Samples by source, where the order of the data keeps count of them."""
+    parts = [f"{source['consumed']} of {source['path']}" for source in state.get("sources", ())]
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def _layout(config: Mapping[str, Any], ranks: int | None) -> str:

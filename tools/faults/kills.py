@@ -4,6 +4,7 @@ A run of one rank is started again by the loop below. In a run of two ranks one 
 again, or the whole job is, torchrun included, and the loop starts it again. A run is hit KILLS_A_RUN times at most.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -75,9 +76,7 @@ class Run:
                 code = self._watch(job, draw)
             finally:
                 if job.poll() is None:
-                    for process in (job.pid, *children(job.pid)):
-                        os.kill(process, signal.SIGKILL)
-                    job.wait()
+                    kill(job, children(job.pid))
             if code == 0:
                 self.seconds = time.monotonic() - begun
                 return
@@ -97,10 +96,9 @@ class Run:
                 alone = self._one_of(ranks)
                 self.kills.append(Kill(due, life.phase(), time.monotonic()))
                 if alone is None:
-                    for process in (job.pid, *ranks):
-                        os.kill(process, signal.SIGKILL)
-                    return job.wait()
-                os.kill(alone, signal.SIGKILL)
+                    return kill(job, ranks)
+                with contextlib.suppress(ProcessLookupError):  # it may just have ended
+                    os.kill(alone, signal.SIGKILL)
                 life, due = Life(self.out, self.log, self.steps), draw()  # torchrun starts the ranks again
             time.sleep(POLL)
         return code
@@ -109,6 +107,14 @@ class Run:
         """The process id of a rank to kill alone; None: the whole job."""
         dice = random.Random(f"{self.out.name} {len(self.kills)}")
         return dice.choice(ranks) if self.ranks > 1 and ranks and dice.random() < ONE_RANK_DIES else None
+
+
+def kill(job: "subprocess.Popen[bytes]", ranks: list[int]) -> int:
+    """End a job and its ranks at once; the exit code."""
+    for process in (job.pid, *ranks):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    return job.wait()
 
 
 def children(process: int) -> list[int]:
