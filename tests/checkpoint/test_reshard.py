@@ -169,5 +169,11 @@ def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp
     check(ranks, tmp_path, SCHEMES[number], pairs)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_pair_of_layouts_in_every_scheme(ranks: Callable[[int], Pool], tmp_path: Path, scheme: str) -> None:
+    check(ranks, tmp_path, scheme, dict.fromkeys(TAKEN, dict.fromkeys(TAKEN, 10)))
+
+
 def test_there_are_enough_layouts() -> None:
     assert len(TAKEN) >= 12, {layout: refusal(layout) for layout in LAYOUTS}

@@ -83,7 +83,9 @@ def test_packed_rows_equal_separate_rows(tmp_path: Path, order: str, model: str)
     assert worst_difference(0, 1, config(path, order, model)) < 1e-10
 
 
-@pytest.mark.parametrize("layout", ({"tp": 2}, {"tp": 2, "sequence_parallel": False}))
+@pytest.mark.parametrize(
+    "layout", ({"tp": 2}, pytest.param({"tp": 2, "sequence_parallel": False}, marks=pytest.mark.full))
+)
 def test_packed_rows_equal_separate_rows_across_ranks(
     tmp_path: Path, ranks: Callable[[int], Pool], layout: dict[str, object]
 ) -> None:

@@ -371,8 +371,8 @@ def a_job(data: str, folder: Path, hurt: str, *, timeout: float = 3.0, steps: in
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "axis", "victim"),
-    (({"dp": 2}, "dp", 1), ({"tp": 2}, "tp", 0)),
-    ids=("dp, rank 1", "tp, the store's rank"),
+    (({"dp": 2}, "dp", 1), ({"tp": 2}, "tp", 0), ({"pp": 2}, "pp", 1)),
+    ids=("dp", "tp, the store's rank", "pp"),
 )
 def test_a_stopped_rank_ends_the_job(data: str, tmp_path: Path, layout: Any, axis: str, victim: int) -> None:
     """SIGSTOP: named by the other, with the collective that it waits in, and down within twice the timeout and 5 s."""
