@@ -166,10 +166,10 @@ def test_what_grows_in_a_soak_is_found(grows: int, message: str | None) -> None:
     samples = np.stack([steps, 10**8 + 0 * steps, 12 + 0 * steps, 2 + 0 * steps], axis=1)
     samples[:, grows] += {0: 0, 1: steps * 1500, 2: steps // 1000, 3: steps // 5000 * 2}[grows]
     if message is None:
-        assert "0.00 MB per 1000 steps, descriptors 12 to 12, at most 2 checkpoints" in soak.judge(samples, {}, 9)
+        assert "0.00 MB per 1000 steps, descriptors 12 to 12, at most 2 checkpoints" in soak.judge(samples, {}, 10_000)
     else:
         with pytest.raises(Failed, match=message):
-            soak.judge(samples, {}, 9)
+            soak.judge(samples, {}, 10_000)
 
 
 def test_shares_of_a_flat_state_reshard(tmp_path: Path) -> None:

@@ -150,7 +150,9 @@ def check(ranks: Callable[[int], Pool], folder: Path, scheme: str, pairs: Steps)
             assert ids == truth[1][:count], f"{layout} from {source}: other samples"
 
 
-@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full), 3], ids=SCHEMES
+)
 def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
     """Every layout saves once and goes on once, in a ring of those that fall to a scheme."""
     layouts = TAKEN[number :: len(SCHEMES)]
