@@ -1,6 +1,8 @@
 """A long run in one process, with seeded faults: memory, descriptors and disk stay what they are."""
 
+import ctypes
 import errno
+import gc
 import json
 import os
 import random
@@ -46,7 +48,7 @@ class Soak:
     def step(self, real: Any, run: Any) -> Any:
         """In place of the training step."""
         if self.done % SAMPLE == SAMPLE // 2:
-            memory = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+            memory = resident()
             held = len(checkpoints(self.out / "checkpoints"))
             self.samples.append((self.done, memory, len(os.listdir("/proc/self/fd")), held))
         self.done += 1
@@ -82,6 +84,18 @@ class Soak:
             code, self.failing = self.failing, 0
             raise OSError(code, os.strerror(code))
         return int(real(fd, *rest))
+
+
+def resident() -> int:
+    """Bytes of memory that something holds: free pages, which the allocator keeps in pieces for later, are given back first.
+
+    (Its pieces multiply with every start in one process, which a job of its own would not live to see.)
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
 def run(folder: Path, steps: int, seed: int) -> Tally:
