@@ -132,7 +132,7 @@ def test_single_precision(ranks: Any, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ("l2", "scalenorm", "dyt", "derf", "seednorm"))
-@pytest.mark.parametrize("tp", (2, 4))
+@pytest.mark.parametrize("tp", (2, pytest.param(4, marks=pytest.mark.full)))
 def test_other_norm_kinds(ranks: Any, kind: str, tp: int) -> None:
     """Every site of a norm at once: normformer has the inner one, olmo2 full-width q and k, hybridnorm those per head."""
     for scheme in ("normformer", "olmo2", "hybridnorm"):

@@ -83,7 +83,7 @@ WIDTHS = ("olmo2", "llama", "rmsnorm")  # k's gain is split, and replicated with
     ("scheme", "model", "kind", "precision"),
     [
         (*EVERYTHING, "bf16"),
-        (*WIDTHS, "fp32"),
+        pytest.param(*WIDTHS, "fp32", marks=pytest.mark.full),
         pytest.param(*EVERYTHING, "fp32", marks=pytest.mark.full),
         pytest.param(*WIDTHS, "bf16", marks=pytest.mark.full),
         pytest.param(*HEADS, "fp32", marks=pytest.mark.full),
