@@ -219,7 +219,9 @@ def resumed(rank: int, world: int, config: RunConfig) -> dict[str, Tensor]:
     return whole(run)
 
 
-@pytest.mark.parametrize("first", ({"tp": 2, "kv": 1, "dp": 1}, {"dp": 2, "bucket_mb": TINY}))
+@pytest.mark.parametrize(
+    "first", (pytest.param({"tp": 2, "kv": 1, "dp": 1}, marks=pytest.mark.full), {"dp": 2, "bucket_mb": TINY})
+)
 def test_a_checkpoint_goes_on_in_any_layout(ranks: Any, data: str, tmp_path: Path, first: dict[str, Any]) -> None:
     kv = first.get("kv", 2)
     one = config(data, tmp_path, **first)
