@@ -91,7 +91,7 @@ YAML = {
     "a name": "train:\n  out: !!python/name:os.system\n",
     "aliases of aliases": BOMB,
     "itself": "model:\n  norm:\n    options: &x {a: *x}\n",
-    "deep": f"train: {'[' * 1500}\n",
+    "deep": f"train: {'[' * 5000}\n",
     "deep mappings": "model: " + "{a: " * 3000 + "1" + "}" * 3000,
     "large": "#" * (5 << 20),
 }

@@ -64,8 +64,8 @@ class Bucket:
     """A range [start, stop) of the flat tensors. own: the range in it that this rank updates.
 
     stage: whose backward fills it. deferred: summed after all backward, since its sum needs other stages. waiting:
-    parameters without their last gradient. work: the collective under way; terms: of this rank's part, where it sums no
-    more than that.
+    parameters without their last gradient. work: the collective under way; terms [k, n]: what it brings under ZeRO-1,
+    to be summed into ``own``.
     """
 
     start: int

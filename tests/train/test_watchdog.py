@@ -375,19 +375,28 @@ def a_job(data: str, folder: Path, hurt: str, *, timeout: float = 3.0, steps: in
     ids=("dp", "tp, the store's rank", "pp"),
 )
 def test_a_stopped_rank_ends_the_job(data: str, tmp_path: Path, layout: Any, axis: str, victim: int) -> None:
-    """SIGSTOP: named by the other, with the collective that it waits in, and down by itself (within LIMIT, however busy)."""
+    """SIGSTOP: named by the other, with the collective that it waits in, and down within twice the timeout and 5 s.
+
+    In one of three attempts: a machine that is busy with other tests stops a job's ranks for seconds, too.
+    """
     timeout = 3.0
     ready = "if n == 10: (path.parent / 'ready').touch()\nimport time\ntime.sleep(0.02)"
-    config = a_job(data, tmp_path, ready, timeout=timeout, **layout)
-    jobs = start(tiny.write_config(tmp_path / "run.yaml", config))
-    with ended_at_last(jobs):
-        wait_for(tmp_path / "ready", jobs)
-        begun = time.monotonic()
-        jobs[victim].send_signal(signal.SIGSTOP)
-        said = jobs[1 - victim].communicate(timeout=LIMIT)[1]
-        took = time.monotonic() - begun
-        assert jobs[1 - victim].returncode == EXIT_HUNG, said
-        assert jobs[victim].wait(1.0) == -signal.SIGKILL
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        config = a_job(data, folder, ready, timeout=timeout, **layout)
+        jobs = start(tiny.write_config(folder / "run.yaml", config))
+        with ended_at_last(jobs):
+            wait_for(folder / "ready", jobs)
+            begun = time.monotonic()
+            jobs[victim].send_signal(signal.SIGSTOP)
+            said = jobs[1 - victim].communicate(timeout=LIMIT)[1]
+            took = time.monotonic() - begun
+            assert jobs[1 - victim].returncode == EXIT_HUNG, said
+            assert jobs[victim].wait(1.0) == -signal.SIGKILL
+        if took < 2 * timeout + 5.0:
+            break
+    assert took < 2 * timeout + 5.0, took
     print(f"down after {took:.1f} s")
     assert (
         f"megnorm train: rank {victim} (host " in said and f"pid {jobs[victim].pid}) hangs: no sign of life" in said
@@ -395,7 +404,7 @@ def test_a_stopped_rank_ends_the_job(data: str, tmp_path: Path, layout: Any, axi
     assert f"waiting for it: rank {1 - victim} in " in said and (
         f" over {axis} (" in said or " over world (" in said
     ), said
-    crash = tmp_path / "run/crash"
+    crash = folder / "run/crash"
     assert "train_step" in next(crash.glob(f"*-rank-0000{1 - victim}.stacks.txt")).read_text()
     assert f'"axis": "{axis}"' in next(crash.glob("*.collectives.jsonl")).read_text()
 
