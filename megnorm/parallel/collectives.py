@@ -1,5 +1,6 @@
 """Collectives over a mesh axis, with their gradients. Every one is the identity on an axis of size 1.
 
+On the CPU they are made of messages where those are quicker (``messages``); elsewhere they are torch's.
 Activations are [s, b, ...]; with sequence parallelism dimension 0 is split over the axis, contiguous for both
 collectives below.
 """
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megnorm.parallel import messages
 from megnorm.parallel.mesh import Axis
+from megnorm.parallel.messages import Pending
 from megnorm.parallel.recorder import RECORDER
 
 T = TypeVar("T")
@@ -25,7 +28,10 @@ def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceO
     """Sum (or other reduction) of x over the axis, in place; no gradient."""
     if axis.size > 1:
         RECORDER.begin("all_reduce", axis.name, x.nbytes)
-        dist.all_reduce(x, op=op, group=axis.group)
+        if _small(x):
+            messages.start_all_reduce(x, axis, op).wait()
+        else:
+            dist.all_reduce(x, op=op, group=axis.group)
         RECORDER.end()
     return x
 
@@ -36,7 +42,11 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     RECORDER.begin("all_gather", axis.name, out.nbytes)
-    _all_gather(out, x.contiguous(), group=axis.group)
+    if messages.serve(x):
+        own_slice(out, axis).copy_(x)
+        messages.start_all_gather(out, axis).wait()
+    else:
+        _all_gather(out, x.contiguous(), group=axis.group)
     RECORDER.end()
     return out
 
@@ -45,43 +55,50 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """[n * size, ...] on every rank -> this rank's [n, ...] of the sum; no gradient."""
     if axis.size == 1:
         return x
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     RECORDER.begin("reduce_scatter", axis.name, x.nbytes)
-    terms, work = start_reduce_scatter(x.contiguous(), axis)
-    work.wait()
+    if messages.serve(x):
+        messages.start_reduce_scatter(x.contiguous(), out, axis).wait()
+    else:
+        _reduce_scatter(out, x.contiguous(), group=axis.group)
     RECORDER.end()
-    return terms.sum(0) if len(terms) > 1 else terms[0]
+    return out
 
 
-def wait_for(work: dist.Work, what: str, axis: str, size: int) -> None:
+def wait_for(work: Pending, what: str, axis: str, size: int) -> None:
     """Wait for a collective or message under way. size: its bytes."""
     RECORDER.begin(what, axis, size)
     work.wait()
     RECORDER.end()
 
 
-def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:
+def start_all_reduce(x: Tensor, axis: Axis) -> Pending | None:
     """Begin to sum x over the axis, in place; wait for the work before x is read."""
-    return dist.all_reduce(x, group=axis.group, async_op=True) if axis.size > 1 else None
+    if axis.size == 1:
+        return None
+    if _small(x):
+        return messages.start_all_reduce(x, axis, dist.ReduceOp.SUM)
+    work: Pending = dist.all_reduce(x, group=axis.group, async_op=True)
+    return work
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work]:
-    """Begin to sum x [n * size, ...] over the axis: the terms [k, n, ...] of this rank's part, and the work to wait for.
-
-    gloo's own reduce-scatter is an all-reduce and a copy, at twice an all-reduce's time. On the CPU every rank is therefore
-    handed its part of all ranks' x (k = size), and adds by itself; elsewhere k = 1.
-    """
-    if x.device.type == "cpu":
-        terms = torch.empty_like(x)
-        work = dist.all_to_all_single(terms, x, group=axis.group, async_op=True)
-        return terms.unflatten(0, (axis.size, -1)), work
-    part = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    return part[None], _reduce_scatter(part, x, group=axis.group, async_op=True)
+def _small(x: Tensor) -> bool:
+    return messages.serve(x) and x.nbytes <= messages.SMALL
 
 
-def start_all_gather(x: Tensor, own: int, axis: Axis) -> dist.Work:
-    """Begin to fill x [n * size] with the parts of all ranks; this rank's part lies at ``own``."""
-    part = x[own : own + x.shape[0] // axis.size].clone()
-    work: dist.Work = _all_gather(x, part, group=axis.group, async_op=True)
+def start_reduce_scatter(x: Tensor, out: Tensor, axis: Axis) -> Pending:
+    """Begin to sum x [n * size, ...] over the axis: this rank's part into out [n, ...], which may be that part of x."""
+    if messages.serve(x):
+        return messages.start_reduce_scatter(x, out, axis)
+    work: Pending = _reduce_scatter(out, x, group=axis.group, async_op=True)
+    return work
+
+
+def start_all_gather(out: Tensor, axis: Axis) -> Pending:
+    """Begin to fill out [n * size, ...] with the parts of all ranks; this rank's n are in place."""
+    if messages.serve(out):
+        return messages.start_all_gather(out, axis)
+    work: Pending = _all_gather(out, own_slice(out, axis), group=axis.group, async_op=True)
     return work
 
 

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megnorm.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait_for
 from megnorm.parallel.layout import Named, Piece, layout_of, named_matrices, reduce_replicated_grads
 from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.messages import Pending
 
 ALIGN = 64  # elements: where a parameter may begin; a multiple of what any GEMM kernel asks for
 
@@ -64,8 +64,7 @@ class Bucket:
     """A range [start, stop) of the flat tensors. own: the range in it that this rank updates.
 
     stage: whose backward fills it. deferred: summed after all backward, since its sum needs other stages. waiting:
-    parameters without their last gradient. work: the collective under way; terms [k, n]: what it brings under ZeRO-1,
-    to be summed into ``own``.
+    parameters without their last gradient. work, gathering: the collectives under way.
     """
 
     start: int
@@ -76,9 +75,8 @@ class Bucket:
     deferred: bool
     waiting: set[int] = field(default_factory=set)
     expected: bool = False
-    work: dist.Work | None = None
-    terms: Tensor | None = None
-    gathering: dist.Work | None = None
+    work: Pending | None = None
+    gathering: Pending | None = None
 
 
 class DataParallel:
@@ -219,7 +217,7 @@ class DataParallel:
         reduce_replicated_grads(bucket.params, self.mesh)
         grads = self.grads[bucket.start : bucket.stop]
         if self.shard:
-            bucket.terms, bucket.work = start_reduce_scatter(grads, self.mesh.dp)
+            bucket.work = start_reduce_scatter(grads, self.grads[slice(*bucket.own)], self.mesh.dp)
         else:
             bucket.work = start_all_reduce(grads, self.mesh.dp)
 
@@ -233,9 +231,7 @@ class DataParallel:
             if bucket.work is not None:
                 size = (bucket.stop - bucket.start) * self.grads.itemsize
                 wait_for(bucket.work, "gradient sum", "dp", size)
-            if bucket.terms is not None:
-                torch.sum(bucket.terms, 0, out=self.grads[slice(*bucket.own)])
-            bucket.work = bucket.terms = None
+            bucket.work = None
 
     def scale_grads(self, factor: float) -> None:
         """Multiply the gradients that this rank updates with."""
@@ -246,7 +242,7 @@ class DataParallel:
         """After ``finish``: the sums of all elements on every rank, for those who look at whole gradients."""
         for bucket in self.buckets if self.shard else ():
             whole = self.grads[bucket.start : bucket.stop]
-            work = start_all_gather(whole, bucket.own[0] - bucket.start, self.mesh.dp)
+            work = start_all_gather(whole, self.mesh.dp)
             wait_for(work, "gradient gather", "dp", whole.nbytes)
 
     # Weights
@@ -266,7 +262,7 @@ class DataParallel:
         if self.shard:
             for bucket in reversed(self.buckets):
                 whole = self.weights[bucket.start : bucket.stop]
-                bucket.gathering = start_all_gather(whole, bucket.own[0] - bucket.start, self.mesh.dp)
+                bucket.gathering = start_all_gather(whole, self.mesh.dp)
 
     def wait_weights(self) -> None:
         """Wait for all weights; forward waits by itself, whoever reads parameters otherwise calls this."""

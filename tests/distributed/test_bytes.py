@@ -1,17 +1,20 @@
 """Bytes moved per layer with sequence parallelism, counted at run time (counter.py); the docs quote ``table``.
 
 The figure of a layer is the difference of a three-layer and a two-layer model, so that embedding, head and loss drop out.
+Counted are torch's own collectives, which the CPU replaces by messages of the same bytes (the last test).
 """
 
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megnorm.config import RunConfig
+from megnorm.parallel import messages
 from megnorm.parallel.layout import reduce_replicated_grads
 from megnorm.plan import make_plan
 from megnorm.train.build import build_stages, flatten, mesh_of
@@ -22,14 +25,21 @@ from tools import parity
 S, B, D = 8, 2, 32
 STREAM = S * B * D  # elements of the residual stream
 TOKENS = S * B
-SCATTER = "all-to-all"  # of the same bytes: what megnorm.parallel.collectives makes of a reduce-scatter on the CPU
 # torch 2.13 renamed these; older versions have the old names only
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def count(rank: int, world: int, config: RunConfig) -> tuple[Counter[Message], Counter[Message]]:
-    """Messages of one forward and backward pass, and of the sum of replicated parameters' gradients after it."""
+def count(rank: int, world: int, config: RunConfig, native: bool = True) -> tuple[Counter[Message], Counter[Message]]:
+    """Collectives of one forward and backward pass, and of the sum of replicated parameters' gradients after it.
+
+    native: torch's own collectives, as on a GPU.
+    """
+    with mock.patch.object(messages, "serve", lambda x: not native):
+        return _count(world, config)
+
+
+def _count(world: int, config: RunConfig) -> tuple[Counter[Message], Counter[Message]]:
     plan = make_plan(config, world)
     mesh = mesh_of(plan, torch.device("cpu"))
     stages, _ = build_stages(plan, mesh)
@@ -64,7 +74,7 @@ def table(ranks: Any) -> str:
     for scheme, kind in SCHEMES:
         for keep in (True, False):
             found, _ = per_layer(ranks, scheme, kind=kind, keep_gathered=keep)
-            cells = [_stream_cell(found, "all-gather"), _stream_cell(found, SCATTER), _statistics_cell(found)]
+            cells = [_stream_cell(found, "all-gather"), _stream_cell(found, "reduce-scatter"), _statistics_cell(found)]
             lines.append(f"| {scheme}, {kind} | {'kept' if keep else 'gathered again'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -131,13 +141,13 @@ GATHERS = {True: 4, False: 6}
 def test_a_layer_moves_the_stream_and_nothing_else(ranks: Any, scheme: str, keep: bool) -> None:
     """Two sub-layers: gather and scatter forward, gather and scatter backward; and a gather again of each input."""
     found, _ = per_layer(ranks, scheme, keep_gathered=keep)
-    assert found == {Message("all-gather", STREAM, 4): GATHERS[keep], Message(SCATTER, STREAM, 4): 4}
+    assert found == {Message("all-gather", STREAM, 4): GATHERS[keep], Message("reduce-scatter", STREAM, 4): 4}
 
 
 @pytest.mark.parametrize("model", tuple(cases.MODELS))
 def test_whatever_the_model(ranks: Any, model: str) -> None:
     found, _ = per_layer(ranks, "preln", keep_gathered=True, model=model, kv=1)
-    assert found == {Message("all-gather", STREAM, 4): 4, Message(SCATTER, STREAM, 4): 4}
+    assert found == {Message("all-gather", STREAM, 4): 4, Message("reduce-scatter", STREAM, 4): 4}
 
 
 # numbers of one statistic per token: forward, then the message of backward
@@ -156,7 +166,7 @@ def test_sharded_norms_add_their_statistics(
     ranks: Any, scheme: str, kind: str, numbers: dict[int, int], keep: bool
 ) -> None:
     found, _ = per_layer(ranks, scheme, kind=kind, keep_gathered=keep)
-    stream = {Message("all-gather", STREAM, 4): GATHERS[keep], Message(SCATTER, STREAM, 4): 4}
+    stream = {Message("all-gather", STREAM, 4): GATHERS[keep], Message("reduce-scatter", STREAM, 4): 4}
     assert found == {**stream, **{Message("all-reduce", n * TOKENS, 4): times for n, times in numbers.items()}}
 
 
@@ -174,7 +184,7 @@ def test_recompute_moves_again_what_it_needs(
     ranks: Any, scheme: str, modes: str, gathers: int, scatters: int, sums: int
 ) -> None:
     found, _ = per_layer(ranks, scheme, recompute=modes)
-    wanted = {Message("all-gather", STREAM, 4): gathers, Message(SCATTER, STREAM, 4): scatters}
+    wanted = {Message("all-gather", STREAM, 4): gathers, Message("reduce-scatter", STREAM, 4): scatters}
     assert found == wanted | ({Message("all-reduce", TOKENS, 4): sums} if sums else {})
 
 
@@ -195,7 +205,7 @@ def test_gradient_sums_of_a_layer(ranks: Any) -> None:
 def test_four_ranks_gather_as_often(ranks: Any) -> None:
     for keep in (True, False):
         found, _ = per_layer(ranks, "preln", tp=4, keep_gathered=keep)
-        assert found == {Message("all-gather", STREAM, 4): GATHERS[keep], Message(SCATTER, STREAM, 4): 4}
+        assert found == {Message("all-gather", STREAM, 4): GATHERS[keep], Message("reduce-scatter", STREAM, 4): 4}
 
 
 def test_the_table_of_the_docs(ranks: Any) -> None:
@@ -205,3 +215,16 @@ def test_the_table_of_the_docs(ranks: Any) -> None:
     assert (
         "| normformer, layernorm | gathered again | 6 x 1 sbd | 4 x 1 sbd | 2 x 1 sb + 1 x 2 sb |" in text.splitlines()
     )
+
+
+@pytest.mark.parametrize("tp", (2, 4))
+def test_messages_carry_the_same_bytes(ranks: Any, tp: int) -> None:
+    """On the CPU: to each other rank of a gathered tensor this rank's share, of a scattered one that rank's share."""
+    config = cases.config("preln", tp=tp, precision="fp32", keep_gathered=False)
+    found = []
+    for layers in (2, 3):
+        every = ranks(tp).run(count, replace(config, model=replace(config.model, layers=layers)), native=False)
+        assert all(answer == every[0] for answer in every)
+        found.append(every[0][0])
+    shares = (GATHERS[False] + 4) * (tp - 1)
+    assert found[1] - found[0] == {Message(kind, STREAM // tp, 4): shares for kind in ("send", "recv")}

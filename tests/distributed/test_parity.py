@@ -2,9 +2,12 @@
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megnorm.config import RunConfig
+from megnorm.parallel import messages
 from megnorm.plan import PlanError, make_plan
 from tests.distributed import cases
 from tools import parity
@@ -123,6 +126,20 @@ def test_the_choice_covers_what_it_says() -> None:
         for name, values in OTHERS.items():
             free = {layout for layout in layouts if name not in LAYOUTS[layout]}
             assert {(c["layout"], c[name]) for c in chosen} >= set(itertools.product(free, values)), name
+
+
+def on_torchs_collectives(rank: int, world: int, config: RunConfig) -> parity.Difference | None:
+    with mock.patch.object(messages, "serve", lambda x: False):
+        return parity.on_rank(rank, world, config, 3)
+
+
+@pytest.mark.parametrize("sizes", ({"tp": 2, "dp": 2, **SMALL}, {"pp": 2, "dp": 2, "zero": 0, **SMALL}), ids=str)
+def test_torchs_collectives_serve_as_well(ranks: Any, sizes: dict[str, Any]) -> None:
+    """What a GPU runs: torch's collectives where the CPU has messages."""
+    config = cases.config("normformer", model="gpt2", precision="fp64", **sizes)
+    difference = ranks(4).run(on_torchs_collectives, config)[0]
+    assert difference.initial_equal
+    assert difference.worst <= parity.TOLERANCE["fp64"], difference
 
 
 @pytest.mark.full

@@ -78,7 +78,7 @@ def traced(run: Run, events: list[Event]) -> Iterator[None]:
         events.append((f"{what} starts", index))
         found = real(x, *rest)
         note = partial(events.append, (f"{what} is waited for", index))
-        return (found[0], Noted(found[1], note)) if name == "start_reduce_scatter" else Noted(found, note)
+        return Noted(found, note)
 
     real_backward, real_run = torch.autograd.backward, pipeline.Pipeline.run
 
