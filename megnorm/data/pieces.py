@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ENTRIES = 1 << 20  # pieces kept; about 150 MB
-LONGEST = 64  # characters of a piece worth keeping
+ENTRIES = 1 << 20  # pieces kept, and words; about 150 MB each
+LONGEST = 64  # characters of a piece or word worth keeping
 BLANK = r" \t\n\r\f\v"
 WORD = re.compile(
     rf"'(?:[stmd]|re|ve|ll)| ?(?:[A-Za-z]+|[0-9]+|[^{BLANK}A-Za-z0-9]+)|[{BLANK}]+(?![^{BLANK}])|[{BLANK}]+"
@@ -58,6 +58,8 @@ class _Words(dict[str, bytes]):
 
     def __missing__(self, word: str) -> bytes:
         ids = _pack([token.id for token in self.model.tokenize(word.translate(MARKS))])
+        if len(self) >= ENTRIES:
+            self.clear()
         if len(word) <= LONGEST:
             self[word] = ids
         return ids
@@ -75,7 +77,6 @@ class _Table(dict[str, bytes | None]):
         ids = self._encode(name)
         if len(self) >= ENTRIES:
             self.clear()
-            self.words.clear()
         if len(name) <= LONGEST:
             self[name] = ids
         return ids

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megnorm.data import commands, preprocess
+from megnorm.data import commands, pieces, preprocess
 from megnorm.data.documents import Lines, Unit, plan_units
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset
+from megnorm.data.pieces import Pieces
 from megnorm.data.preprocess import Job, run
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tokenizer import HuggingFace as Tokenizer
@@ -301,20 +303,59 @@ def test_known_ids(shared: Path) -> None:
 
 
 BLANKS = " \n\t\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u200b\u3000"
+SHREDS = [
+    "a",
+    "Don't",
+    "we'll",
+    "'S",
+    "12",
+    "!?",
+    "\u00e9",
+    "\u00b2",
+    "\u4e09",
+    "\x00",
+    "\x1b",
+    "y" * 40,
+    "  ",
+    "   ",
+    " \n",
+]
 
 
 @settings(max_examples=300)
 @given(
     texts=st.lists(
-        st.lists(
-            st.sampled_from(["a", "Don't", "12", "!?", "\u00e9", "\u4e09", "<|endoftext|>", *BLANKS]), max_size=12
-        ).map("".join),
-        max_size=4,
-    )
+        st.lists(st.sampled_from([*SHREDS, "<|endoftext|>", *BLANKS]), max_size=12).map("".join), max_size=4
+    ),
+    entries=st.sampled_from([1, 1 << 20]),
+    longest=st.sampled_from([2, 64]),
 )
-def test_pieces_encode_as_the_library_does(gpt2: Tokenizer, texts: list[str]) -> None:
-    """Whatever the blanks: the table of pieces and the library give the same ids."""
-    tokens, lengths = gpt2.encode_batch(texts)
+def test_pieces_encode_as_the_library_does(gpt2: Tokenizer, texts: list[str], entries: int, longest: int) -> None:
+    """Whatever the blanks, in tables that are full or not: the table of pieces and the library give the same ids."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(pieces, "ENTRIES", entries)
+        context.setattr(pieces, "LONGEST", longest)
+        tokens, lengths = gpt2.encode_batch(texts)
     wanted = [gpt2.inner.encode(text, add_special_tokens=False).ids for text in texts]
     assert tokens.tolist() == [number for ids in wanted for number in ids]
     assert lengths.tolist() == [len(ids) for ids in wanted]
+
+
+def test_pieces_take_every_blank_for_what_it_is(gpt2: Tokenizer) -> None:
+    """All characters that may be blank to somebody, and all of ASCII, where they meet blanks and words."""
+    odd = [c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] in "ZC" and not 0xD800 <= ord(c) < 0xF900]
+    texts = [f"a{c} {c}b {c} c\n {c}{c}1" for c in {*odd, *map(chr, range(128))}]
+    assert gpt2.encode_batch(texts)[0].tolist() == [
+        number for item in gpt2.inner.encode_batch(texts, add_special_tokens=False) for number in item.ids
+    ]
+
+
+def test_pieces_of_known_words_ask_nobody(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned is looked up: neither the library nor the model is asked again, also for words in new company."""
+    known = Pieces(gpt2.inner)
+    texts = ["one (two) caf\u00e9\n  three", "one) (two caf\u00e9\n  three"]
+    ids = [known.encode_batch([text])[0].tolist() for text in (texts[0], texts[0])]
+    wanted = [gpt2.inner.encode(text, add_special_tokens=False).ids for text in texts]
+    monkeypatch.setattr(known.table, "inner", None)
+    monkeypatch.setattr(known.table.words, "model", None)
+    assert ids == wanted[:1] * 2 and known.encode_batch(texts)[0].tolist() == wanted[0] + wanted[1]
