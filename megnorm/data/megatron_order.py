@@ -103,10 +103,7 @@ def _cut(
             out[total] = start + place, last - (ends[place] - sizes[place])
             last = np.iinfo(np.int64).max  # found: no later chunk may hold it again
         before = (ends + (length - extra - found * length)) // length  # cuts of this chunk up to each end
-        stop = found + int(before[-1])
-        if stop > total:
-            stop = total
-            np.minimum(before, total - found, out=before)
+        stop = min(found + int(before[-1]), total)
         places = np.cumsum(np.bincount(before, minlength=stop - found)[: stop - found])
         out[found:stop, 0] = places + start
         out[found:stop, 1] = np.arange(found * length, stop * length, length) - (ends[places] - sizes[places])
