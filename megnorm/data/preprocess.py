@@ -132,35 +132,49 @@ def unit_size(paths: Sequence[str]) -> int:
 
 
 _TOKENIZER: Tokenizer | None = None  # of a worker process
+_TAKEN: Any = None  # of all of them: for each unit, whether somebody works on it
 
 
-def _start_worker(path: str, eod: str | None) -> None:
-    global _TOKENIZER
-    _TOKENIZER = load(path, eod=eod)
+def _start_worker(path: str, eod: str | None, taken: Any) -> None:
+    global _TOKENIZER, _TAKEN
+    _TOKENIZER, _TAKEN = load(path, eod=eod), taken
 
 
-def _work(job: Job, unit: Unit, number: int, parts: Path) -> dict[str, Any]:
+def _take(taken: Any, number: int) -> bool:
+    with taken.get_lock():
+        free = not taken[number]
+        taken[number] = True
+    return free
+
+
+def _work(job: Job, unit: Unit, number: int, parts: Path) -> dict[str, Any] | None:
+    """The report on a unit, None where it is another's."""
     assert _TOKENIZER is not None
+    if not _take(_TAKEN, number):
+        return None
     with Progress(unit.bytes, hidden=True) as progress:
         return asdict(encode_unit(job, _TOKENIZER, unit, number, parts, progress))
 
 
 def _share(job: Job, tokenizer: Tokenizer, units: Mapping[int, Unit], parts: Path, progress: "Progress") -> None:
-    """Units over processes, of which this is one: it takes the last that none has begun, so nobody waits while others
-    start. A worker that dies ends the run; what is done stays done."""
+    """Units over processes, of which this is one: it takes those at the end, so nobody waits while others start. A worker
+    that dies ends the run, when the unit in hand is done; what is done stays done."""
     threads = max(1, (os.cpu_count() or 1) // job.workers)
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the library at its first batch, here and in the workers
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(job.workers - 1, context, _start_worker, (job.tokenizer, job.eod_token))
+    taken = context.Array("b", max(units) + 1)
+    pool = ProcessPoolExecutor(job.workers - 1, context, _start_worker, (job.tokenizer, job.eod_token, taken))
     try:
         left = {pool.submit(_work, job, unit, number, parts): number for number, unit in units.items()}
+        mine = reversed(list(units))
         while left:
             for future in [future for future in left if future.done()]:
-                progress.add(Report(**future.result()), units[left.pop(future)].bytes)
-            mine = next((future for future in reversed(left) if future.cancel()), None)
-            if mine is not None:
-                number = left.pop(mine)
-                encode_unit(job, tokenizer, units[number], number, parts, progress)
+                number, found = left.pop(future), future.result()
+                if found is not None:
+                    progress.add(Report(**found), units[number].bytes)
+            own = next((number for number in mine if _take(taken, number)), None)
+            if own is not None:
+                encode_unit(job, tokenizer, units[own], own, parts, progress)
             elif left:
                 wait(left, return_when=FIRST_COMPLETED)
     except BrokenProcessPool:
