@@ -14,13 +14,14 @@ class AtomicFile:
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self.file: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115
 
-    def commit(self) -> None:
-        """Flush to disk, then rename."""
+    def commit(self, *, lasting: bool = True) -> None:
+        """Flush to disk, then rename. lasting False: the name stands after a power cut only if a later one does."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
+        if lasting:
+            sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Forget what was written."""

@@ -252,13 +252,14 @@ class IndexedDataset:
 class IndexedWriter:
     """Writes one prefix; nothing lies under the final names before ``finish``. Use as a context manager.
 
-    The sidecar PREFIX.meta.json gets checksums, the largest id and whatever ``notes`` holds.
+    The sidecar PREFIX.meta.json gets checksums, the largest id and whatever ``notes`` holds. part: this is a part of
+    something larger, written without a sidecar; that it is whole is told by a file written after it.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike, *, multimodal: bool = False) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, *, multimodal: bool = False, part: bool = False) -> None:
         require_local(prefix)
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype).newbyteorder("<")
-        self.code, self.multimodal = code_of(dtype), multimodal
+        self.code, self.multimodal, self.part = code_of(dtype), multimodal, part
         self.lengths: list[NDArray[np.int32]] = []
         self.documents: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         self.modes: list[NDArray[np.int8]] = []
@@ -348,11 +349,13 @@ class IndexedWriter:
                     index.file.write(content)
                     sums.update(content)
             Path(self.prefix + ".idx").unlink(missing_ok=True)  # an old .idx must not meet the new .bin
-            self._bin.commit()
-            index.commit()
+            self._bin.commit(lasting=not self.part)
+            index.commit(lasting=not self.part)
         except BaseException:
             index.discard()
             raise
+        if self.part:
+            return
         notes = {"max_id": self.max_id if self.dtype.kind in "iu" else None, **self.notes}
         write_sidecar(self.prefix, {"bin": self._sum, "idx": sums}, notes)
 

@@ -20,7 +20,7 @@ from megnorm.data.indexed import IndexedDataset
 from megnorm.data.samples import by_source, too_few
 from megnorm.data.storage import is_remote
 
-CHUNK = 1 << 13  # sequences whose samples are cut at a time
+CHUNK = 1 << 14  # sequences whose samples are cut at a time
 WIDE = 1 << 26  # up to so many, numbers are shuffled in 64 bits: numpy needs two thirds of the time for these
 SEPARATE = 0.80  # a last epoch that is used by less than this is shuffled on its own
 
@@ -89,27 +89,24 @@ def _cut(
     """Where samples 0 .. total begin, from the cumulative lengths of the sequences in order; ``last`` is the last cut.
 
     CHUNK sequences at a time: what belongs to them stays in the processor's cache, which halves the time, and memory is
-    that of the result. Quotients are taken in float64, exact up to 2^52 tokens.
+    that of the result.
     """
     out = np.empty((total + 1, 2), np.int32 if len(order) <= np.iinfo(np.int32).max else np.int64)
     side: Literal["left", "right"] = "right" if extra else "left"
     tokens = found = 0
     for start in range(0, len(order), CHUNK):
-        sizes = lengths[order[start : start + CHUNK]]
+        sizes = lengths.take(order[start : start + CHUNK])  # in half the time of lengths[...]
         ends = np.cumsum(sizes, dtype=np.int64)
         ends += tokens
         place = int(np.searchsorted(ends, last, side=side))
         if place < len(ends):
             out[total] = start + place, last - (ends[place] - sizes[place])
             last = np.iinfo(np.int64).max  # found: no later chunk may hold it again
-        quotients = ends / length
-        before = (np.ceil(quotients) if extra else np.floor(quotients) + 1).astype(np.int64)  # cuts up to each end
-        np.minimum(before, total, out=before)
-        stop = int(before[-1])
-        before -= found
+        before = (ends + (length - extra - found * length)) // length  # cuts of this chunk up to each end
+        stop = min(found + int(before[-1]), total)
         places = np.cumsum(np.bincount(before, minlength=stop - found)[: stop - found])
         out[found:stop, 0] = places + start
-        out[found:stop, 1] = np.arange(found * length, stop * length, length) - (ends - sizes)[places]
+        out[found:stop, 1] = np.arange(found * length, stop * length, length) - (ends[places] - sizes[places])
         tokens, found = int(ends[-1]), stop
     out[0] = 0
     return out

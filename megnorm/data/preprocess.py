@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[^\Wa-z])|(?<=[\u3002\
 class Job:
     """What to preprocess. output: prefix; with several keys, or names "megatron", keys are added to it.
 
-    workers: processes; one by itself uses all threads of the tokenizer.
+    workers: processes, this one among them; one by itself uses all threads of the tokenizer.
     """
 
     inputs: tuple[str, ...]
@@ -108,7 +108,7 @@ def run(job: Job) -> Report:
         name = f"rank 0 of {ranks.size}" if ranks.size > 1 else "preprocess"
         with Progress(total, total - left, hidden=not job.progress or ranks.rank != 0, name=name) as progress:
             if job.workers > 1 and len(todo) > 1:
-                _share(job, {number: units[number] for number in todo}, parts, progress)
+                _share(job, tokenizer, {number: units[number] for number in todo}, parts, progress)
             else:
                 for number in todo:
                     encode_unit(job, tokenizer, units[number], number, parts, progress)
@@ -132,29 +132,51 @@ def unit_size(paths: Sequence[str]) -> int:
 
 
 _TOKENIZER: Tokenizer | None = None  # of a worker process
+_TAKEN: Any = None  # of all of them: for each unit, whether somebody works on it
 
 
-def _start_worker(path: str, eod: str | None, threads: int) -> None:
-    global _TOKENIZER
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the library at its first batch
-    _TOKENIZER = load(path, eod=eod)
+def _start_worker(path: str, eod: str | None, taken: Any) -> None:
+    global _TOKENIZER, _TAKEN
+    _TOKENIZER, _TAKEN = load(path, eod=eod), taken
 
 
-def _work(job: Job, unit: Unit, number: int, parts: Path) -> dict[str, Any]:
+def _take(taken: Any, number: int) -> bool:
+    with taken.get_lock():
+        free = not taken[number]
+        taken[number] = True
+    return free
+
+
+def _work(job: Job, unit: Unit, number: int, parts: Path) -> dict[str, Any] | None:
+    """The report on a unit, None where it is another's."""
     assert _TOKENIZER is not None
+    if not _take(_TAKEN, number):
+        return None
     with Progress(unit.bytes, hidden=True) as progress:
         return asdict(encode_unit(job, _TOKENIZER, unit, number, parts, progress))
 
 
-def _share(job: Job, units: Mapping[int, Unit], parts: Path, progress: "Progress") -> None:
-    """Units over worker processes. A worker that dies ends the run; what is done stays done."""
+def _share(job: Job, tokenizer: Tokenizer, units: Mapping[int, Unit], parts: Path, progress: "Progress") -> None:
+    """Units over processes, of which this is one: it takes those at the end, so nobody waits while others start. A worker
+    that dies ends the run, when the unit in hand is done; what is done stays done."""
     threads = max(1, (os.cpu_count() or 1) // job.workers)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the library at its first batch, here and in the workers
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job.tokenizer, job.eod_token, threads))
+    taken = context.Array("b", max(units) + 1)
+    pool = ProcessPoolExecutor(job.workers - 1, context, _start_worker, (job.tokenizer, job.eod_token, taken))
     try:
-        futures = {pool.submit(_work, job, unit, number, parts): unit for number, unit in units.items()}
-        for future in as_completed(futures):
-            progress.add(Report(**future.result()), futures[future].bytes)
+        left = {pool.submit(_work, job, unit, number, parts): number for number, unit in units.items()}
+        mine = reversed(list(units))
+        while left:
+            for future in [future for future in left if future.done()]:
+                number, found = left.pop(future), future.result()
+                if found is not None:
+                    progress.add(Report(**found), units[number].bytes)
+            own = next((number for number in mine if _take(taken, number)), None)
+            if own is not None:
+                encode_unit(job, tokenizer, units[own], own, parts, progress)
+            elif left:
+                wait(left, return_when=FIRST_COMPLETED)
     except BrokenProcessPool:
         raise DataError(
             f"a worker process died (killed, or out of memory): {job.output} is not written; run the same command again "
@@ -217,7 +239,7 @@ def encode_unit(job: Job, tokenizer: Tokenizer, unit: Unit, number: int, parts: 
     tally, report, lines = Tally(job.strict), Report(), Lines(unit, job.max_line_bytes)
     dtype = smallest_dtype(tokenizer.vocab_size)
     eod = tokenizer.eod if job.append_eod else None
-    writers = [IndexedWriter(parts / f"{number:06d}.{i}", dtype) for i in range(len(job.keys))]
+    writers = [IndexedWriter(parts / f"{number:06d}.{i}", dtype, part=True) for i in range(len(job.keys))]
     shown = 0
     try:
         for size, columns in _ahead(_batches(lines, job, tally)):

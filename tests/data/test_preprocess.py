@@ -6,18 +6,22 @@ import gzip
 import json
 import lzma
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 
-from megnorm.data import commands, preprocess
+from megnorm.data import commands, pieces, preprocess
 from megnorm.data.documents import Lines, Unit, plan_units
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset
+from megnorm.data.pieces import Pieces
 from megnorm.data.preprocess import Job, run
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tokenizer import HuggingFace as Tokenizer
@@ -40,15 +44,6 @@ BAD = {
     "NUL bytes": (b'{"text": "a\x00b"}', "NUL"),
     "NUL escaped": (b'{"text": "a\\u0000b"}', "NUL"),
 }
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tok")
-    train([*TEXTS, "Don't a12 !? a  a\n\n\u00e9 "] * 5, folder, vocab_size=300)
-    tokenizer = load(str(folder))
-    assert tokenizer.pieces is not None
-    return tokenizer
 
 
 @pytest.fixture
@@ -301,20 +296,73 @@ def test_known_ids(shared: Path) -> None:
 
 
 BLANKS = " \n\t\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u200b\u3000"
+SHREDS = [
+    "a",
+    "Don't",
+    "we'll",
+    "'S",
+    "12",
+    "!?",
+    "\u00e9",
+    "\u00b2",
+    "\u4e09",
+    "\x00",
+    "\x1b",
+    "y" * 40,
+    "  ",
+    "   ",
+    " \n",
+]
+
+
+@pytest.fixture(scope="session")
+def joiner() -> Tokenizer:
+    """Merges any two neighbouring bytes, so that no cut in a wrong place goes unseen."""
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(one, two) for one in signs for two in signs]
+    vocab = {word: number for number, word in enumerate(signs + [one + two for one, two in merges])}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.add_special_tokens(["<|endoftext|>"])
+    found = Tokenizer(inner)
+    assert found.pieces is not None
+    return found
 
 
 @settings(max_examples=300)
 @given(
     texts=st.lists(
-        st.lists(
-            st.sampled_from(["a", "Don't", "12", "!?", "\u00e9", "\u4e09", "<|endoftext|>", *BLANKS]), max_size=12
-        ).map("".join),
-        max_size=4,
-    )
+        st.lists(st.sampled_from([*SHREDS, "<|endoftext|>", *BLANKS]), max_size=12).map("".join), max_size=4
+    ),
+    entries=st.sampled_from([1, 1 << 20]),
+    longest=st.sampled_from([2, 64]),
 )
-def test_pieces_encode_as_the_library_does(gpt2: Tokenizer, texts: list[str]) -> None:
-    """Whatever the blanks: the table of pieces and the library give the same ids."""
-    tokens, lengths = gpt2.encode_batch(texts)
-    wanted = [gpt2.inner.encode(text, add_special_tokens=False).ids for text in texts]
+def test_pieces_encode_as_the_library_does(joiner: Tokenizer, texts: list[str], entries: int, longest: int) -> None:
+    """Whatever the blanks, in tables that are full or not: the table of pieces and the library give the same ids."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(pieces, "ENTRIES", entries)
+        context.setattr(pieces, "LONGEST", longest)
+        tokens, lengths = joiner.encode_batch(texts)
+    wanted = [joiner.inner.encode(text, add_special_tokens=False).ids for text in texts]
     assert tokens.tolist() == [number for ids in wanted for number in ids]
     assert lengths.tolist() == [len(ids) for ids in wanted]
+
+
+def test_pieces_take_every_blank_for_what_it_is(joiner: Tokenizer) -> None:
+    """All characters that may be blank to somebody, and all of ASCII, where they meet blanks and words."""
+    odd = [c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] in "ZC" and not 0xD800 <= ord(c) < 0xF900]
+    texts = [f"a{c} {c}b {c} c\n {c}{c}1" for c in {*odd, *map(chr, range(128))}]
+    assert joiner.encode_batch(texts)[0].tolist() == [
+        number for item in joiner.inner.encode_batch(texts, add_special_tokens=False) for number in item.ids
+    ]
+
+
+def test_pieces_of_known_words_ask_nobody(joiner: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned is looked up: neither the library nor the model is asked again, also for words in new company."""
+    known = Pieces(joiner.inner)
+    texts = ["one (two) caf\u00e9\n  three", "one) (two caf\u00e9\n  three"]
+    ids = [known.encode_batch([text])[0].tolist() for text in (texts[0], texts[0])]
+    wanted = [joiner.inner.encode(text, add_special_tokens=False).ids for text in texts]
+    monkeypatch.setattr(known.table, "inner", None)
+    monkeypatch.setattr(known.table.words, "model", None)
+    assert ids == wanted[:1] * 2 and known.encode_batch(texts)[0].tolist() == wanted[0] + wanted[1]
