@@ -1,5 +1,27 @@
 """Importing this module registers every backend's offers. An optional library is imported by its own file only."""
 
-from megnorm.kernels import torch_ref
+from collections.abc import Callable
+from typing import Any
+
+from megnorm.kernels import (
+    apex,
+    check,
+    flash_attn,
+    liger,
+    registry,
+    torch_fused,
+    torch_ref,
+    transformer_engine,
+    triton_offers,
+)
+from megnorm.kernels.config import KernelConfig
+from megnorm.kernels.registry import Need
 
 REFERENCE = torch_ref.__name__
+FILES = (torch_ref, torch_fused, transformer_engine, flash_attn, triton_offers, apex, liger)
+
+
+def chosen(need: Need, config: KernelConfig) -> tuple[str, Callable[..., Any]]:
+    """The backend that serves ``need``, and its implementation."""
+    found = registry.choose(need, config.prefer, check.verify if config.check else lambda offer, need: None)
+    return found.backend, found.make(need)

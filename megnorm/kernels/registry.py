@@ -6,23 +6,76 @@ from typing import Any
 
 import torch
 
-OPS = ("norm", "attention", "activation", "rope")
+OPS = {
+    "norm": "N(x)",
+    "sharded_norm": "N(x), the features spread over tp ranks",
+    "add_norm": "N(skip x + branch f), and the sum where it goes on",
+    "norm_add": "skip x + branch N(f)",
+    "norm_add_norm": "x' = skip x + branch N(f), and N'(x')",
+    "qkv_norm_rope": "norms of q, k, v by head, then the rotation of q and k",
+    "act_stats": "N(act(h)), the activation in the pass that gathers statistics",
+    "head_scale": "y times one scalar a head",
+    "attention": "causal softmax attention",
+    "rope": "rotary positions",
+    "activation": "act(x), or act(gate) * up",
+    "cross_entropy": "token losses over a vocabulary spread over tp ranks",
+    "linear": "x W^T + b",
+    "norm_linear": "N(x) W^T + b",
+    "permute": "tokens to the order of their experts, and back",
+    "grouped_gemm": "one product for each expert",
+    "adamw": "the update of masters and moments",
+}
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """What a kernel must know of a norm: its kind, the features it sees (n, of which a rank holds ``width``), its form.
+
+    gain: "vector" (one value a feature, also where a scalar was expanded), "wide" (such a vector in fp32: 1 + w),
+    "per_head" ([heads, hd]) or "none". cast_first: an RMSNorm rounds to the input's dtype before its gain.
+    """
+
+    kind: str
+    width: int
+    gain: str = "vector"
+    bias: bool = False
+    cast_first: bool = False
 
 
 @dataclass(frozen=True)
 class Need:
     """What a layer asks for: the operation, where it runs, and what it must be able to do.
 
-    kind: norm kind or activation name. sharded: statistics cross ranks. dropout: attention dropout is on.
+    kind: an activation's name. gated: it multiplies a second input. norms: of the operation, in order (None: absent).
+    heads, kv_heads: on this rank. mask: a mask beside causality (padding). packed: documents that do not see each other.
+    dropout: of attention weights. deterministic: the same bits every run. capture: it will run in a CUDA graph.
     """
 
     op: str
     device: str
     dtype: torch.dtype
     kind: str = ""
-    head_dim: int = 0
+    gated: bool = False
+    norms: tuple[NormForm | None, ...] = ()
     sharded: bool = False
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    mask: bool = False
+    packed: bool = False
     dropout: bool = False
+    deterministic: bool = False
+    capture: bool = False
+
+    @property
+    def norm(self) -> NormForm:
+        """The norm of an operation that has one."""
+        form = self.norms[0]
+        assert form is not None
+        return form
+
+
+Refusal = str | None
 
 
 @dataclass(frozen=True)
@@ -32,7 +85,7 @@ class Offer:
     op: str
     backend: str
     priority: int
-    refuse: Callable[[Need], str | None]
+    refuse: Callable[[Need], Refusal]
     make: Callable[[Need], Callable[..., Any]]
 
 
@@ -49,8 +102,9 @@ _offers: list[Offer] = []
 _choices: dict[Need, Choice] = {}
 
 
-def offer(op: str, backend: str, priority: int, refuse: Callable[[Need], str | None]) -> Callable[..., Any]:
+def offer(op: str, backend: str, priority: int, refuse: Callable[[Need], Refusal]) -> Callable[..., Any]:
     """Decorator on ``make(need) -> callable``: register it as a backend's offer for ``op``."""
+    assert op in OPS, op
 
     def add(make: Callable[[Need], Callable[..., Any]]) -> Callable[[Need], Callable[..., Any]]:
         _offers.append(Offer(op, backend, priority, refuse, make))
@@ -64,32 +118,48 @@ def offers(op: str | None = None) -> list[Offer]:
     return sorted((o for o in _offers if op in (None, o.op)), key=lambda o: -o.priority)
 
 
-def choose(need: Need, prefer: Mapping[str, str]) -> Callable[..., Any]:
-    """The implementation for ``need``: the preferred backend, else the best that does not refuse.
+def choose(
+    need: Need, prefer: Mapping[str, str], check: Callable[[Offer, Need], Refusal] = lambda offer, need: None
+) -> Offer:
+    """The offer that serves ``need``: the preferred backend's, else the best that does not refuse and passes ``check``.
 
     Raises ValueError when the preferred backend is unknown or refuses: a wish is never dropped silently.
     """
     for op in prefer:
         if op not in OPS:
             raise ValueError(f"kernels.prefer.{op}: there is no such operation; there are {', '.join(OPS)}")
+        if not offers(op):
+            raise ValueError(f"kernels.prefer.{op}: no layer asks for this operation yet; remove the preference")
     wanted = prefer.get(need.op)
     refusals: list[tuple[str, str]] = []
     for candidate in offers(need.op):
         if wanted is not None and candidate.backend != wanted:
             continue
-        reason = candidate.refuse(need)
+        reason = candidate.refuse(need) or check(candidate, need)
         if reason is None:
             _choices[need] = Choice(need, candidate.backend, tuple(refusals))
-            return candidate.make(need)
+            return candidate
         refusals.append((candidate.backend, reason))
     known = ", ".join(sorted({o.backend for o in offers(need.op)}))
     why = "; ".join(f"{backend}: {reason}" for backend, reason in refusals)
     raise ValueError(
         f"kernels.prefer.{need.op}: backend '{wanted}' "
-        + (f"refuses ({why}); remove the preference" if refusals else f"is not installed; there is {known}")
+        + (f"refuses ({why}); remove the preference" if refusals else f"is not known; there is {known}")
     )
 
 
 def report() -> list[Choice]:
     """Every choice made so far in this process."""
     return list(_choices.values())
+
+
+def summary() -> list[str]:
+    """The report in words, one line an operation: who serves it, and why nobody better does."""
+    served: dict[str, dict[str, set[str]]] = {}
+    for choice in report():
+        why = served.setdefault(choice.need.op, {}).setdefault(choice.backend, set())
+        why |= {f"{backend} {reason}" for backend, reason in choice.refusals}
+    return [
+        f"{op}: " + "; ".join(backend + (f" ({', '.join(sorted(why))})" if why else "") for backend, why in by.items())
+        for op, by in sorted(served.items())
+    ]

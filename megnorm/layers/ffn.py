@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from megnorm.layers import fused
 from megnorm.layers.env import Context, Env
 from megnorm.layers.linear import ColumnParallelLinear, Out, RowParallelLinear
-from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.norm import NormLayer, norm_or_identity
 from megnorm.layers.sublayer import SubLayer
 from megnorm.models.config import GATED, ModelConfig
 from megnorm.norms import scheme
@@ -20,10 +21,16 @@ class FeedForward(SubLayer):
         self.up = ColumnParallelLinear(cfg.width, outs, env, bias=cfg.bias)
         self.inner_norm = norm_or_identity(spec.inner, "inner", cfg.ffn, 1, env)
         self.down = RowParallelLinear(cfg.ffn, cfg.width, "down", env, bias=cfg.bias)
-        self.act = env.kernel("activation", kind=GATED.get(cfg.activation, cfg.activation))
+        kind = GATED.get(cfg.activation, cfg.activation)
+        self.act = env.kernel("activation", kind=kind)
+        self.act_norm = fused.inner(self.inner_norm, env, kind=kind, gated=cfg.gated)
 
     def body(self, u: Tensor, context: Context) -> Tensor:
-        inner = self.inner_norm(self.recompute("activations", self._activate, self.up.linear(u)))
+        h = self.up.linear(u)
+        if self.act_norm is not None and not fused.watched(self.inner_norm):
+            inner = self.recompute("activations", self._activate_and_normalize, h)
+        else:
+            inner = self.inner_norm(self.recompute("activations", self._activate, h))
         return self.recompute("projections", self.down, inner)
 
     def _activate(self, h: Tensor) -> Tensor:
@@ -31,3 +38,9 @@ class FeedForward(SubLayer):
             return self.act(h)
         gate, up = h.split(self.up.sizes, dim=-1)
         return self.act(gate) * up
+
+    def _activate_and_normalize(self, h: Tensor) -> Tensor:
+        assert self.act_norm is not None and isinstance(self.inner_norm, NormLayer)
+        gate, up = h.split(self.up.sizes, dim=-1) if self.gated else (h, None)
+        out: Tensor = self.act_norm(gate, up, *self.inner_norm.given(gate))
+        return out

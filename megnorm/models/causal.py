@@ -10,7 +10,7 @@ from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
-from megnorm.layers.loss import cross_entropy
+from megnorm.layers.loss import token_loss
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import rope_table, token_positions
 from megnorm.models.config import ModelConfig
@@ -56,6 +56,7 @@ class CausalLM(nn.Module):
         if self.last:
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
             self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)
+            self.token_loss = token_loss(env)
 
     def units(self) -> list[nn.Module]:
         """The parts that forward calls, in order."""
@@ -96,7 +97,7 @@ class CausalLM(nn.Module):
         if not self.last:
             return x
         logits = self.head(x)
-        losses = cross_entropy(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
+        losses = self.token_loss(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
         return (losses * batch.loss_mask).sum()
 
     @torch.no_grad()

@@ -112,7 +112,15 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
     recompute = Recompute(config.train.recompute, config.train.recompute_blocks)
-    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute, recompute)
+    env = Env(
+        mesh,
+        torch.promote_types(compute, torch.float32),
+        config.kernels,
+        rng,
+        compute,
+        recompute,
+        packed=config.data.separate_documents,
+    )
     stages = {
         index: build_model(
             config.model,

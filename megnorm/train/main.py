@@ -163,6 +163,8 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
     )
     served = sorted({f"{choice.need.op}: {choice.backend}" for choice in registry.report()})
     log.info("kernels: %s", ", ".join(served))
+    if run.mesh.device.type == "cuda":
+        log.info("%s", "\n".join(f"  {line}" for line in registry.summary()))
     for warning in plan.warnings:
         log.warning("warning: %s", warning)
     if found is not None:

@@ -1,0 +1,171 @@
+"""Offers, refusals, one choice; and that layers which join operations mean what they meant."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megnorm.kernels import backends, check, registry
+from megnorm.kernels.config import KernelConfig
+from megnorm.kernels.registry import Need, NormForm, Offer
+from megnorm.layers import loss
+from megnorm.layers.env import Env
+from megnorm.models.causal import CausalLM, Tokens, build_model
+from megnorm.models.config import ModelConfig
+from megnorm.norms import registry as schemes
+from megnorm.norms.config import NormConfig
+from tests.kernels.needs import needs
+
+assert backends.REFERENCE and loss.make_cross_entropy
+NORM = Need("norm", "cpu", torch.float32, norms=(NormForm("rmsnorm", 8),))
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Offer]:
+    """Makes an offer for the time of a test."""
+    monkeypatch.setattr(registry, "_offers", list(registry._offers))
+    monkeypatch.setattr(registry, "_choices", {})
+
+    def make(backend: str, priority: int, reason: str | None = None) -> Offer:
+        registry.offer("norm", backend, priority, lambda need: reason)(lambda need: backend)
+        return next(o for o in registry._offers if o.backend == backend)
+
+    return make
+
+
+def test_the_best_that_does_not_refuse(offered: Callable[..., Offer]) -> None:
+    offered("fast", 100, "not on Sundays")
+    offered("slow", -100)
+    assert registry.choose(NORM, {}).backend == "torch"
+    offered("faster", 90)
+    assert registry.choose(NORM, {}).backend == "faster"
+    assert registry.choose(NORM, {"norm": "slow"}).backend == "slow"
+    (choice,) = [choice for choice in registry.report() if choice.backend == "slow"]
+    assert choice.refusals == ()
+
+
+def test_a_wish_is_never_dropped(offered: Callable[..., Offer]) -> None:
+    offered("fast", 100, "not on Sundays")
+    for prefer, sentence in (
+        ({"norm": "fast"}, "kernels.prefer.norm: backend 'fast' refuses (fast: not on Sundays)"),
+        ({"norm": "cudnn"}, "kernels.prefer.norm: backend 'cudnn' is not known; there is"),
+        ({"nrm": "torch"}, "kernels.prefer.nrm: there is no such operation"),
+        ({"permute": "torch"}, "kernels.prefer.permute: no layer asks for this operation yet"),
+    ):
+        with pytest.raises(ValueError) as error:
+            registry.choose(NORM, prefer)
+        assert sentence in str(error.value)
+
+
+def test_one_that_differs_does_not_serve(offered: Callable[..., Offer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a start on an accelerator, of a broken library's offers."""
+    difference = check.difference
+    monkeypatch.setattr(check, "difference", lambda offer, need, device: difference(offer, need, "cpu"))
+    need = replace(NORM, device="cuda")
+    wrong = replace(offered("broken", 100), make=lambda need: lambda x, p, args: x)
+    assert "differs from the reference by" in str(check.verify(wrong, need))
+    crash = replace(wrong, make=lambda need: lambda x, p, args: x.nothing)
+    assert "does not run on this machine (AttributeError" in str(check.verify(crash, need))
+    registry._offers[-1] = wrong
+    assert registry.choose(need, {}).backend == "broken"
+    assert registry.choose(need, {}, check.verify).backend == "torch"
+    with pytest.raises(ValueError, match="differs from the reference"):
+        registry.choose(need, {"norm": "broken"}, check.verify)
+
+
+@pytest.mark.parametrize("op", check.EXAMPLES)
+def test_every_operation_has_its_reference(op: str) -> None:
+    """Also in low precision, on the CPU: the example, the tolerance and the reference belong together."""
+    if not registry.offers(op):
+        pytest.skip("no layer asks for it yet")
+    reference = next(offer for offer in registry.offers(op) if offer.backend == "torch")
+    for dtype in (torch.float32, torch.bfloat16):
+        for need in needs(op, dtype, "cpu"):
+            assert reference.refuse(need) is None
+            if dtype == torch.bfloat16 and any(form is not None and form.kind == "derf" for form in need.norms):
+                continue  # the gradient of its scalars is a sum that cancels
+            # It rounds between its steps, which a joined kernel need not.
+            assert check.difference(reference, need, "cpu") <= 3 * check.TOLERANCE[dtype], need
+
+
+def test_every_offer_has_a_reference_and_an_example() -> None:
+    for offer in registry.offers():
+        assert offer.op in check.EXAMPLES
+        assert any(other.backend == "torch" for other in registry.offers(offer.op))
+
+
+def _model(scheme: str, **options: Any) -> tuple[CausalLM, Tokens]:
+    cfg = ModelConfig(
+        layers=2, width=24, heads=4, kv_heads=2, ffn=36, vocab_size=29, max_positions=16,
+        norm=NormConfig(scheme=scheme), **options,
+    )  # fmt: skip
+    model = build_model(cfg, Env(dtype=torch.float64), vocab_multiple=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.1 * torch.randn(param.shape, generator=generator, dtype=param.dtype))
+    tokens = torch.randint(0, 29, (12, 2), generator=generator)
+    return model, Tokens(tokens[:-1], tokens[1:], torch.ones(11, 2))
+
+
+def _results(model: CausalLM, batch: Tokens) -> list[torch.Tensor]:
+    loss = model(batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+JOINED: set[str] = set()
+
+
+@pytest.mark.parametrize("scheme", schemes.names())
+def test_joined_operations_mean_the_same(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scheme with every joined operation, the reference's own, in place of the layer's steps."""
+    options = {"activation": "gelu", "bias": True} if len(scheme) % 2 else {}
+    wanted = _results(*_model(scheme, **options))
+    used = []
+
+    def fused(self: Env, op: str, **detail: Any) -> Callable[..., Any]:
+        fn = self.kernel(op, **detail)
+
+        def counted(*args: Any) -> Any:
+            used.append(op)
+            return fn(*args)
+
+        return counted
+
+    monkeypatch.setattr(Env, "fused", fused)
+    got = _results(*_model(scheme, **options))
+    JOINED.update(used)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_all_joined_operations_were_met() -> None:
+    """Over all schemes above."""
+    if len(JOINED) == 0:
+        pytest.skip("needs the tests before it in the same process")
+    assert {"add_norm", "norm_add", "norm_add_norm", "qkv_norm_rope", "act_stats"} == JOINED
+
+
+def test_a_watched_norm_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe sees every norm and sub-layer, joined or not."""
+    monkeypatch.setattr(Env, "fused", lambda self, op, **detail: self.kernel(op, **detail))
+    for scheme in ("hybridnorm", "deepnorm", "sandwich", "normformer"):
+        model, batch = _model(scheme)
+        seen: set[str] = set()
+        watched = {n: m for n, m in model.named_modules() if n.endswith("norm") or n.endswith((".attention", ".ffn"))}
+        watched = {n: m for n, m in watched.items() if not isinstance(m, torch.nn.Identity)}
+        handles = [m.register_forward_hook(lambda *_, n=n, seen=seen: seen.add(n)) for n, m in watched.items()]
+        model(batch)
+        assert seen == set(watched)
+        for handle in handles:
+            handle.remove()
+
+
+def test_env_names_the_backend_that_serves() -> None:
+    env = Env(kernels=KernelConfig(prefer={"add_norm": "torch"}))
+    assert env.fused("add_norm", norms=(NormForm("rmsnorm", 8),)) is None
+    with pytest.raises(ValueError, match="kernels.prefer.add_norm: backend 'triton' refuses"):
+        Env(kernels=KernelConfig(prefer={"add_norm": "triton"})).fused("add_norm", norms=(NormForm("rmsnorm", 8),))
