@@ -13,6 +13,7 @@ HF = ["transformers>=5.0"]
 TENSORBOARD = ["tensorboard>=2.16"]
 ZSTD = ["zstandard>=0.22"]
 DATA = ["pyarrow>=15.0", "sentencepiece>=0.2", "tiktoken>=0.7"] + ZSTD  # files and tokenizers met in the wild
+REMOTE = ["fsspec>=2024.2"]  # each kind of store has its own package beside it: s3fs, gcsfs, adlfs, ...
 MPI = ["mpi4py>=4.0"]  # brings no MPI of its own: the system's, or `pip install mpich`
 DEV = ["hypothesis>=6.100", "mypy>=1.13", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.8"]
 
@@ -37,6 +38,7 @@ setup(
         "tokenizers>=0.20",
         "torch>=2.7",
         "tqdm>=4.66",
+        "xxhash>=3.4",
     ],
     extras_require={
         "hf": HF,
@@ -49,9 +51,10 @@ setup(
         "mpi": MPI,
         "eval": ["lm-eval>=0.4.5"],
         "data": DATA,
+        "remote": REMOTE,
         "zstd": ZSTD,
         "dev": DEV,
-        "all-cpu": HF + TENSORBOARD + DATA + MPI,
+        "all-cpu": HF + TENSORBOARD + DATA + REMOTE + MPI,
     },
     entry_points={"console_scripts": ["megnorm = megnorm.cli:main"]},
     classifiers=[

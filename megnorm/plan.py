@@ -27,8 +27,9 @@ LEAST: dict[str, dict[str, int]] = {
     "train": dict.fromkeys(
         ("steps", "sequence_length", "global_batch", "micro_batch", "log_every", "threads", "stop_after"), 1
     )
-    | {"eval_every": 0, "eval_batches": 0, "recompute_blocks": 1},
+    | {"eval_every": 0, "eval_batches": 0, "check_replicas_every": 0, "recompute_blocks": 1},
 }
+TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
 POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
 
@@ -82,7 +83,13 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         _check_ranges(config, section)
     _check_optim(config)
     _check_recompute(config)
+    _check_guard(config)
     schedule.check(config.optim, config.train.steps)
+    if config.data.task not in TASKS[config.model.family]:
+        raise PlanError(
+            f"data.task={config.data.task} is nothing that model.family={config.model.family} can be trained for; use "
+            f"{' or '.join(TASKS[config.model.family])}"
+        )
     if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
         raise PlanError(
             "model.padding_id counts positions of real tokens itself and cannot be joined with data.separate_documents or "
@@ -92,8 +99,8 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     parallel = config.parallel
     sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
     micro_batches = _check_batch(config, dp, sequence_parallel)
-    stages = _stages(config, world // parallel.tp)
     _check_ramp(config, dp)
+    stages = _stages(config, world // parallel.tp)
     resolved = resolved or resolve(config.model.norm, config.model.layers)
     check_scheme(config.model, resolved)
     by_role = count_parameters(config.model, resolved)
@@ -228,6 +235,18 @@ def _recompute_warnings(config: RunConfig, sequence_parallel: bool) -> Iterator[
         )
 
 
+def _check_guard(config: RunConfig) -> None:
+    """Going back needs something to go back to, and samples to go on with."""
+    guard = config.train.guard
+    if guard.rewinds and not config.checkpoint.every:
+        raise PlanError("train.guard: a rewind needs checkpoints; set checkpoint.every, or use stop or skip")
+    if guard.rewinds and guard.rewind_data == "skip" and config.data.order == "megatron":
+        raise PlanError(
+            "train.guard.rewind_data=skip leaves samples out, but data.order=megatron counts out as many as train.steps "
+            "needs; use rewind_data=repeat, or data.order=default"
+        )
+
+
 def _check_layout(config: RunConfig, world: int) -> int:
     parallel, m = config.parallel, config.model
     tp, pp = parallel.tp, parallel.pp
@@ -326,31 +345,12 @@ def unit_costs(config: RunConfig) -> tuple[int, ...]:
 def _check_ramp(config: RunConfig, dp: int) -> None:
     """Every batch of a ramp must be one that the layout can take."""
     t, parallel = config.train, config.parallel
-    start, increment = t.batch_ramp.start, t.batch_ramp.increment
-    if start is None or increment is None:
-        return
-    if start >= t.global_batch:
-        raise PlanError(
-            f"train.batch_ramp.start={start} is not below train.global_batch={t.global_batch}, to which it climbs; use a "
-            "smaller one, or train.batch_ramp=null"
-        )
     unit, what = dp * t.micro_batch, f"dp={dp} x train.micro_batch={t.micro_batch}"
     if parallel.schedule == "interleaved":
         unit, what = unit * parallel.pp, f"{what} x parallel.pp={parallel.pp} (parallel.schedule=interleaved)"
-    for key, value in (("start", start), ("increment", increment)):
-        if value % unit:
-            near = sorted({value // unit * unit, -(-value // unit) * unit} - {0})
-            raise PlanError(
-                f"train.batch_ramp.{key}={value} is not a multiple of {what}; use {' or '.join(map(str, near))}"
-            )
-    climb = t.global_batch - start
-    if climb % increment:
-        fitting = [n for n in _divisors(climb) if n % unit == 0]
-        near = [*[n for n in fitting if n < increment][-1:], *[n for n in fitting if n > increment][:1]]
-        raise PlanError(
-            f"train.batch_ramp.increment={increment} does not lead from start={start} to train.global_batch="
-            f"{t.global_batch}; use {' or '.join(map(str, near))}"
-        )
+    problem = t.batch_ramp.problem(t.global_batch, unit, what)
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:

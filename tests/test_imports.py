@@ -40,10 +40,21 @@ READS_OPTIONS = {"config", "plan"}
 # may not reach torch by any chain of imports; export turns tensors, so the files of hf may name it inside functions
 TORCH_FREE = ("norms.", "config", "plan", "optim.schedule", "parallel.schedule", "parallel.balance", "hf.families.")
 
-REQUIRED = {"matplotlib", "numpy", "pydantic", "pydantic_core", "safetensors", "tokenizers", "torch", "tqdm", "yaml"}
+REQUIRED = {
+    "matplotlib",
+    "numpy",
+    "pydantic",
+    "pydantic_core",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "xxhash",
+    "yaml",
+}
 # imported inside functions, or inside a `try`, so that megnorm works without them
 OPTIONAL = {
-    "apex", "flash_attn", "flash_attn_interface", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
+    "apex", "flash_attn", "flash_attn_interface", "fsspec", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
     "pyarrow", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
     "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megnorm.data import blending
 from megnorm.data import megatron_order as order
 from megnorm.data.config import DataConfig
 from megnorm.data.indexed import IndexedDataset, IndexedWriter
@@ -232,12 +233,12 @@ class Folder:
     # blends
 
     def blend_parts(self, case: dict[str, Any]) -> tuple[order.Indices, list[order.GPTSamples], list[int]]:
-        asked = order.blend_sizes(case["weights"], case["size"])
+        asked = blending.blend_sizes(case["weights"], case["size"])
         parts = []
         for prefix, count in zip(case["prefixes"], asked, strict=True):
             data, indices, _ = self.indices({**case, "prefix": prefix, "num_samples": count})
             parts.append(order.GPTSamples(data, indices, case["sequence_length"]))
-        return order.blend_indices(case["weights"], case["size"]), parts, asked
+        return blending.blend_indices(case["weights"], case["size"]), parts, asked
 
     def blend(self, case: dict[str, Any]) -> None:
         blend, parts, asked = self.blend_parts(case)
@@ -268,7 +269,7 @@ class Folder:
         equal("all tokens (sha256)", _digest(np.concatenate(batches)), case["sha256_all_tokens_le_int64"])
 
     def exhaustive(self) -> None:
-        found = order.blend_exhaustive(self.truth["blend_exhaustive"]["sizes"])
+        found = blending.blend_exhaustive(self.truth["blend_exhaustive"]["sizes"])
         for name, array in found.items():
             equal(name, array, self.arrays[f"blend_exhaustive.train.{name}"])
 

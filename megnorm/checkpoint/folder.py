@@ -7,6 +7,8 @@ step-00000100/        complete, or it would not have this name
 latest                SHA-256 and path of the newest checkpoint's manifest, in the format of ``sha256sum``
 """
 
+import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -55,7 +57,7 @@ def steps(folder: Path) -> list[Path]:
 
 def write_file(path: Path, data: bytes) -> None:
     """Create or overwrite a small file and flush it to the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         view = memoryview(data)
         while view:
@@ -63,6 +65,41 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def hold(folder: Path) -> int:
+    """Make the folder and hold it until the returned descriptor is closed, at the latest when the process ends.
+
+    Two runs that write to one folder would each take the other's files for leftovers of a kill. Raises CheckpointError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror}; {advice(error)}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise CheckpointError(
+            f"another run writes its checkpoints to {folder}; end it, or set train.out to another folder"
+        ) from None
+    except OSError as error:  # some network file systems
+        log.warning("%s cannot be locked (%s); see that no other run has this train.out", folder, error.strerror)
+    return fd
+
+
+def advice(error: OSError) -> str:
+    """What to do about an error of the disk."""
+    elsewhere = "set train.out to a folder that can be written"
+    return {
+        errno.ENOSPC: "free space on this disk or lower checkpoint.keep_last",
+        errno.EDQUOT: "raise the quota or lower checkpoint.keep_last",
+        errno.EROFS: elsewhere,
+        errno.EACCES: elsewhere,
+        errno.EPERM: elsewhere,
+        errno.EIO: "the disk fails; set train.out to another one",
+    }.get(error.errno or 0, "see that train.out can be written")
 
 
 def sync_folder(path: Path) -> None:
@@ -197,20 +234,36 @@ def is_complete(path: Path) -> bool:
 
 
 def recorded(folder: Path) -> str | None:
-    """The folder name in the ``latest`` record; None (with a warning if the record is damaged) where there is none."""
+    """The folder name in the ``latest`` record; None, with a warning, where it is damaged or missing."""
     if not (folder / LATEST).exists():
+        if steps(folder):
+            log.warning("%s is missing; taking the newest complete checkpoint instead", folder / LATEST)
         return None
     try:
         match = _RECORD.fullmatch(read_file(folder / LATEST, 1024).decode())
     except ValueError:
         match = None
     if match is not None:
-        named = folder / match[2]
+        digest, named = match[1], folder / match[2]
+        if not named.is_dir():
+            return _lost(folder, named, digest)
         # A whole checkpoint under another checksum means that the record is wrong, not the checkpoint.
-        if not is_complete(named) or hashlib.sha256(read_file(named / MANIFEST)).hexdigest() == match[1]:
-            return match[2]
+        if not is_complete(named) or _digest(named) == digest:
+            return named.name
     log.warning("%s is damaged; taking the newest complete checkpoint instead", folder / LATEST)
     return None
+
+
+def _lost(folder: Path, named: Path, digest: str) -> str:
+    """The name to go by where the recorded folder is not there: it was being replaced, deleted, or is misspelt."""
+    if not named.with_name(f".old-{named.name}").is_dir():
+        log.warning("%s names %s, which is not there", folder / LATEST, named.name)
+    same = (path.name for path in steps(folder) if is_complete(path) and _digest(path) == digest)
+    return next(same, named.name)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(read_file(path / MANIFEST)).hexdigest()
 
 
 def history(folder: Path) -> list[Path]:

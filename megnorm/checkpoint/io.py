@@ -3,16 +3,17 @@
 This file holds ``save`` and ``resume``; reading lies in read.py, folders in folder.py, the format in format.py.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megnorm.checkpoint.folder import (
+    advice,
     clean,
     complete_text,
     history,
@@ -42,7 +43,7 @@ from megnorm.checkpoint.shard import Shard
 from megnorm.checkpoint.write import write_shards
 
 __all__ = [
-    "CheckpointError", "Shard", "available", "latest", "load", "read_full", "read_meta", "resume", "save", "verify",
+    "CheckpointError", "Resumed", "Shard", "available", "latest", "load", "read_full", "read_meta", "resume", "save", "verify",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -220,16 +221,8 @@ class _Save:
             return text if text.startswith(prefix) else f"{prefix}: {text}"
         if not isinstance(error, OSError):
             return f"{prefix}: rank {self.rank}: {type(error).__name__}: {error}"
-        advice = {
-            errno.ENOSPC: "free space on this disk or lower checkpoint.keep_last",
-            errno.EDQUOT: "raise the quota or lower checkpoint.keep_last",
-            errno.EROFS: "set train.out to a folder that can be written",
-            errno.EACCES: "set train.out to a folder that can be written",
-            errno.EPERM: "set train.out to a folder that can be written",
-            errno.EIO: "the disk fails; set train.out to another one",
-        }.get(error.errno or 0, "see that train.out can be written")
         reason = error.strerror or str(error)
-        return f"{prefix}: {reason} (rank {self.rank}); {advice}; earlier checkpoints are intact"
+        return f"{prefix}: {reason} (rank {self.rank}); {advice(error)}; earlier checkpoints are intact"
 
 
 def encode_meta(meta: Mapping[str, Any]) -> bytes:
@@ -242,6 +235,20 @@ def encode_meta(meta: Mapping[str, Any]) -> bytes:
         ) from error
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What ``resume`` has loaded: the checkpoint, its meta, and how many tensors and bytes of it this rank holds now.
+
+    verified: whether their checksums were compared.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    tensors: int
+    bytes: int
+    verified: bool
+
+
 def resume(
     folder: Path,
     wanted: Sequence[Shard],
@@ -249,7 +256,7 @@ def resume(
     agree: Callable[[bool], bool] = lambda ok: ok,
     verify: bool = True,
     threads: int = 4,
-) -> tuple[Path, dict[str, Any]] | None:
+) -> Resumed | None:
     """Load the newest whole checkpoint in ``folder``, passing over damaged ones with a warning; None if there are none.
 
     agree: true if true on all ranks (a logical-and all-reduce), so that all ranks load the same one; each rank calls it
@@ -264,7 +271,8 @@ def resume(
         except CheckpointError as error:
             failure = error
         if agree(failure is None):
-            return path, meta
+            names = {shard.name for shard in wanted}
+            return Resumed(path, meta, len(names), sum(shard.bytes for shard in wanted), verify)
         failure = failure or CheckpointError(f"{path}: another rank cannot load it")
         log.warning("passing over checkpoint %s: %s", path.name, failure)
         first = first or failure

@@ -1,8 +1,10 @@
 """Save in the background: the step loop waits for a copy in memory only, and learns of a failure at the next step."""
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.checkpoint.config import CheckpointConfig
+from megnorm.checkpoint.folder import hold
 from megnorm.checkpoint.format import CheckpointError, load_json
 from megnorm.checkpoint.io import alone, encode_meta, save
 from megnorm.checkpoint.retention import prune
@@ -41,6 +44,7 @@ class Saver:
     barrier: over all ranks, called from the background thread while the step loop communicates: give it a group of its
     own (``own_barrier``). A failure is kept and raised by the next ``save``, ``check`` or ``wait``; all ranks learn of
     it, but not within the same step, so a loop of several ranks should agree on ``failed`` before it acts.
+    Rank 0 holds the folder until the saver is closed; raises CheckpointError if another run does, or if it cannot be made.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Saver:
         self.world = world
         self.barrier = barrier
         self.failure: BaseException | None = None
+        self._held = weakref.finalize(self, os.close, hold(self.folder)) if rank == 0 else None
+        self._lock, self._writing, self._closed = threading.Lock(), False, False
         self._thread: threading.Thread | None = None
         self._copies: dict[tuple[Any, ...], Tensor] = {}
 
@@ -76,6 +82,7 @@ class Saver:
         if waited > 1.0 and self.rank == 0:
             log.warning("waited %.1f s for the checkpoint before; raise checkpoint.every or use a faster disk", waited)
         frozen = load_json(encode_meta(meta), "the checkpoint's meta")
+        self._writing = True
         if not self.config.asynchronous:
             self._write(step, shards, frozen)
             self.check()
@@ -98,6 +105,19 @@ class Saver:
             self._thread = None
         self.check()
 
+    def close(self) -> None:
+        """Let go of the folder; a save that is still under way does so at its end."""
+        with self._lock:
+            self._closed = True
+            if self._held is not None and not self._writing:
+                self._held()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _write(self, step: int, shards: Sequence[Shard], meta: Mapping[str, Any]) -> None:
         try:
             save(
@@ -111,6 +131,11 @@ class Saver:
                 error = CheckpointError(f"checkpoint of step {step} not saved: {type(error).__name__}: {error}")
             log.error("%s", error)
             self.failure = error
+        finally:
+            with self._lock:
+                self._writing = False
+                if self._closed and self._held is not None:
+                    self._held()
 
     def _snapshot(self, shards: Sequence[Shard]) -> list[Shard]:
         """Copies in CPU memory, in buffers kept from one save to the next (fresh memory is slow to touch)."""

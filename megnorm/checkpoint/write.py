@@ -2,15 +2,15 @@
 
 import errno
 import json
+import math
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from megnorm.checkpoint.format import DTYPES, CheckpointError, File, Ints, Record, Slice, boxes
+from megnorm.checkpoint.format import DTYPES, CheckpointError, File, Ints, Record, Slice, boxes, checksum
 from megnorm.checkpoint.shard import Shard, dtype_name, flat_bytes, region, run_parallel
 
 
@@ -25,7 +25,7 @@ class _Piece:
     shape: Ints
     bytes: int
     start: int = 0
-    crc32: list[int] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -43,9 +43,9 @@ class _Output:
     def bytes(self) -> int:
         return len(self.header) + sum(piece.bytes for piece in self.pieces)
 
-    def done_one(self) -> None:
+    def done(self, chunks: int) -> None:
         with self.lock:
-            self.left -= 1
+            self.left -= chunks
             last = self.left == 0
         if last:
             os.fsync(self.fd)
@@ -62,8 +62,9 @@ def write_shards(
 ) -> tuple[dict[str, File], dict[str, Record]]:
     """Write ``shards`` to new files in ``folder``, durable on return; the files and tensors for the manifest.
 
-    Chunks are summed and written in ``threads`` threads (both release the interpreter's lock); a file is flushed to
-    the disk while the next is written. Errors are OSErrors of the disk, or CheckpointErrors about a shard.
+    Chunks are summed and written in ``threads`` threads (both release the interpreter's lock), small ones together; a
+    file is flushed to the disk while the next is written. Errors are OSErrors of the disk, or CheckpointErrors about a
+    shard.
     """
     kinds: dict[str, tuple[Ints, str]] = {}
     for shard in shards:
@@ -78,11 +79,11 @@ def write_shards(
     finally:
         for output in outputs:
             output.close()
-    files = {output.path.name: File(output.bytes, len(output.header), zlib.crc32(output.header)) for output in outputs}
+    files = {output.path.name: File(output.bytes, len(output.header), checksum(output.header)) for output in outputs}
     slices: dict[str, list[Slice]] = {name: [] for name in kinds}
     for output in outputs:
         for p in output.pieces:
-            slices[p.name].append(Slice(p.offset, p.shape, output.path.name, p.start, tuple(p.crc32)))
+            slices[p.name].append(Slice(p.offset, p.shape, output.path.name, p.start, tuple(p.sums)))
     return files, {name: Record(*kinds[name], tuple(slices[name])) for name in slices}
 
 
@@ -93,9 +94,7 @@ def _plan(folder: Path, shards: Sequence[Shard], rank: int, step: int, max_file_
     for shard in sorted(shards, key=lambda shard: -shard.tensor.element_size()):
         dtype = dtype_name(shard.tensor.dtype, shard.name)
         for offset, shape in boxes(shard.local, DTYPES[dtype][1], max_file_bytes):
-            size = DTYPES[dtype][1]
-            for n in shape:
-                size *= n
+            size = DTYPES[dtype][1] * math.prod(shape)
             if filled + size > max_file_bytes:
                 path = folder / f"rank-{rank:05d}-{len(outputs):05d}.safetensors"
                 outputs.append(_Output(path, []))
@@ -127,34 +126,58 @@ def _header(pieces: Sequence[_Piece], step: int, rank: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+@dataclass
+class _Chunk:
+    """Consecutive bytes of a piece: chunk ``index`` of it."""
+
+    piece: _Piece
+    index: int
+    data: memoryview
+
+
 def _jobs(outputs: Sequence[_Output], chunk_bytes: int) -> Iterator[Callable[[], None]]:
-    """One job per chunk. Lazy: pieces on other devices or with gaps are copied to CPU memory one at a time."""
+    """One job per batch of chunks. Lazy: pieces on other devices or with gaps are copied to CPU memory one at a time."""
     for output in outputs:
         layouts = [list(boxes(piece.shape, DTYPES[piece.dtype][1], chunk_bytes)) for piece in output.pieces]
         output.left = 1 + sum(map(len, layouts))
         output.fd = os.open(output.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         yield partial(_write_header, output)
-        for piece, layout in zip(output.pieces, layouts, strict=True):
-            piece.crc32 = [0] * len(layout)
-            data = flat_bytes(piece.shard.tensor[region(piece.offset, piece.shape, piece.shard.offset)])
-            begin = 0
-            for index, (_, shape) in enumerate(layout):
-                size = DTYPES[piece.dtype][1]
-                for n in shape:
-                    size *= n
-                yield partial(_write_chunk, output, piece, index, data[begin : begin + size], piece.start + begin)
-                begin += size
+        batch: list[_Chunk] = []
+        size, start = 0, len(output.header)
+        for chunk in _chunks(output, layouts):
+            if batch and size + len(chunk.data) > chunk_bytes:
+                yield partial(_write_batch, output, batch, start)
+                batch, size, start = [], 0, start + size
+            batch.append(chunk)
+            size += len(chunk.data)
+        if batch:
+            yield partial(_write_batch, output, batch, start)
+
+
+def _chunks(output: _Output, layouts: Sequence[Sequence[tuple[Ints, Ints]]]) -> Iterator[_Chunk]:
+    """All chunks of a file, in its order and without gaps."""
+    for piece, layout in zip(output.pieces, layouts, strict=True):
+        piece.sums = [0] * len(layout)
+        data = flat_bytes(piece.shard.tensor[region(piece.offset, piece.shape, piece.shard.offset)])
+        begin = 0
+        for index, (_, shape) in enumerate(layout):
+            end = begin + DTYPES[piece.dtype][1] * math.prod(shape)
+            yield _Chunk(piece, index, data[begin:end])
+            begin = end
 
 
 def _write_header(output: _Output) -> None:
     write_all(output.fd, memoryview(output.header), 0)
-    output.done_one()
+    output.done(1)
 
 
-def _write_chunk(output: _Output, piece: _Piece, index: int, data: memoryview, start: int) -> None:
-    piece.crc32[index] = zlib.crc32(data)
+def _write_batch(output: _Output, batch: Sequence[_Chunk], start: int) -> None:
+    for chunk in batch:
+        chunk.piece.sums[chunk.index] = checksum(chunk.data)
+    # tensors may be cut in thousands of boxes of some bytes each: one call writes what lies together
+    data = batch[0].data if len(batch) == 1 else memoryview(b"".join(chunk.data for chunk in batch))
     write_all(output.fd, data, start)
-    output.done_one()
+    output.done(len(batch))
 
 
 def write_all(fd: int, data: memoryview, start: int) -> None:

@@ -1,36 +1,33 @@
 """Classification from TSV (header, last column the label) or JSONL: one or two texts and a class."""
 
 import csv
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megnorm.data.batch import ClassBatch
-from megnorm.data.errors import DataError
+from megnorm.data.config import DataConfig
+from megnorm.data.denoising import id_of, tokenizer_of
+from megnorm.data.documents import decompress
+from megnorm.data.errors import DataError, require_same
+from megnorm.data.pairs import own_path
 from megnorm.data.samples import key, permute
-from megnorm.data.tokenizer import Tokenizer
 
 
 def read_examples(
-    path: str, *, texts: tuple[str, ...] = (), label: str = ""
+    path: str, *, texts: tuple[str, ...] = (), label: str | None = None
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """Texts and label of every row. texts, label: column names; by default all columns but the last, and the last."""
-    with open(path, encoding="utf-8", newline="") as file:
-        if Path(path).suffix == ".jsonl":
-            rows = [json.loads(line) for line in file]
-            names = list(rows[0]) if rows else []
-        else:
-            table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-            names = table[0] if table else []
-            for number, row in enumerate(table[1:], 2):
-                if len(row) != len(names):
-                    raise DataError(f"{path}:{number}: {len(row)} columns, the header has {len(names)}.")
-            rows = [dict(zip(names, row, strict=True)) for row in table[1:]]
+    rows = _rows(path)
     if not rows:
         raise DataError(f"{path}: no rows: give a TSV with a header, or JSONL.")
+    names = list(rows[0])
     texts, label = texts or tuple(names[:-1]), label or names[-1]
     for number, row in enumerate(rows):
         for name in (*texts, label):
@@ -39,38 +36,78 @@ def read_examples(
     return [tuple(str(row[name]) for name in texts) for row in rows], [str(row[label]) for row in rows]
 
 
+def _rows(path: str) -> list[dict[str, Any]]:
+    """Rows by column name."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file: give a TSV with a header, or JSONL.")
+    try:
+        with open(path, "rb") as raw:
+            lines = decompress(path, raw).read().decode("utf-8").removesuffix("\n").split("\n")
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}): mend the file.") from None
+    found = []
+    if ".jsonl" in Path(path).suffixes:
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a JSON object ({error}).") from None
+        return found
+    table = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    for number, row in enumerate(table[1:], 2):
+        if len(row) != len(table[0]):
+            raise DataError(f"{path}:{number}: {len(row)} columns, the header has {len(table[0])}.")
+        found.append(dict(zip(table[0], row, strict=True)))
+    return found
+
+
 class ClassLoader:
     """Batches of ``begin text end [text end]``, cut to sequence_length by shortening the longest text first.
 
-    classes: their names in order; None takes those of this file, sorted: give the training file's to the others.
+    classes: their names in order, those of data.classes.names or of the training file.
     """
 
     def __init__(
         self,
-        path: str,
-        tokenizer: Tokenizer,
+        config: DataConfig,
+        split: str,
         *,
         sequence_length: int,
         seed: int,
-        begin: int,
-        end: int,
-        pad: int,
-        classes: tuple[str, ...] | None = None,
-        texts: tuple[str, ...] = (),
-        label: str = "",
+        vocab_size: int,
+        samples: int | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        rows, labels = read_examples(path, texts=texts, label=label)
-        self.classes = classes or tuple(sorted(set(labels)))
-        unknown = set(labels) - set(self.classes)
-        if unknown:
+        path, options, tokenizer = own_path(config, split), config.classes, tokenizer_of(config)
+        columns = {"texts": options.texts, "label": options.label}
+        rows, labels = read_examples(path, **columns)  # type: ignore[arg-type]
+        names = labels if split == "train" else read_examples(own_path(config, "train"), **columns)[1]  # type: ignore[arg-type]
+        self.classes = options.names or tuple(sorted(set(names)))
+        if unknown := set(labels) - set(self.classes):
             raise DataError(f"{path}: classes {sorted(unknown)} are not among {list(self.classes)}.")
-        self.length, self.seed, self.pad, self.path = sequence_length, seed, pad, path
+        marks = [id_of(tokenizer, getattr(options, side), f"data.classes.{side}") for side in ("begin", "end")]
+        self.length, self.seed, self.pad, self.path = sequence_length, seed, config.pad, path
+        if sequence_length < 2 * len(rows[0]) + 1:
+            raise DataError(f"train.sequence_length={sequence_length} has no room for {len(rows[0])} texts: raise it.")
         self.labels = np.array([self.classes.index(one) for one in labels], np.int64)
-        columns = []
+        encoded = []
         for texts_of_column in zip(*rows, strict=True):
             ids, sizes = tokenizer.encode_batch(list(texts_of_column))
-            columns.append(np.split(ids.astype(np.int64), np.cumsum(sizes)[:-1]))
-        self.rows = [self._join([column[i] for column in columns], begin, end) for i in range(len(rows))]
+            encoded.append(np.split(ids.astype(np.int64), np.cumsum(sizes)[:-1]))
+        self.rows = [self._join([column[i] for column in encoded], *marks) for i in range(len(rows))]
+        largest = max(self.pad, *(int(tokens.max()) for tokens, _ in self.rows))
+        if largest >= vocab_size:
+            raise DataError(f"{path}: needs token id {largest}, model.vocab_size is {vocab_size}: make it larger.")
+        if state is not None:
+            require_same(state, self._fixed())
+
+    def _fixed(self) -> dict[str, Any]:
+        content = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        return {"task": "classes", "seed": self.seed, "content": content}
+
+    def state(self, consumed_samples: int) -> dict[str, Any]:
+        """JSON for a checkpoint."""
+        return {**self._fixed(), "samples": consumed_samples}
 
     def _join(
         self, parts: list[NDArray[np.int64]], begin: int, end: int

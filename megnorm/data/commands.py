@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from megnorm.data import preprocess, tokenizer
-from megnorm.data.config import DataConfig
+from megnorm.data.config import DataConfig, Task
 from megnorm.data.documents import Lines, Tally, documents, find_inputs, plan_units
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset, IndexedWriter, strip_suffix
@@ -16,6 +17,7 @@ from megnorm.data.ranks import Ranks
 from megnorm.data.sidecar import read_sidecar, sum_files, verify, write_sidecar
 
 LIMIT = 64 << 20
+LARGEST_ID = 1 << 31  # the vocabulary where samples are only looked at, and marks may lie beyond the tokenizer
 
 
 def add_preprocess_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +72,13 @@ def run_preprocess(args: argparse.Namespace) -> int:
 def run_job(job: preprocess.Job) -> int:
     """Run a job and tell what was done; a failing rank ends all ranks."""
     ranks = Ranks.find()
+    if ranks.size > 1 and ranks.rank == 0:  # said before, because a launcher kills all ranks when one dies
+        print(
+            f"{ranks.size} ranks; should one be killed, {job.output} is not written, and the same command goes on where it "
+            "stopped.",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
         report = preprocess.run(job)
     except BaseException as error:
@@ -101,12 +110,24 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--multimodal", action="store_true", help="the .idx ends with modes")
         return sub
 
-    sub = verb("inspect", "Print sizes, and documents as text where the tokenizer is given.", _inspect)
-    sub.add_argument("prefix")
+    sub = verb(
+        "inspect", "Print sizes, and documents or the samples of a task, as text where there is a tokenizer.", _inspect
+    )
+    sub.add_argument("prefix", help="PREFIX of .bin/.idx; for the task classes a TSV or JSONL file")
     sub.add_argument("--tokenizer", help="decode with this tokenizer")
-    sub.add_argument("--documents", type=int, default=3, help="how many documents to print")
+    sub.add_argument("--task", choices=get_args(Task), help="print samples of this task instead of documents")
+    sub.add_argument("--count", "--documents", type=int, default=3, help="how many documents or samples to print")
     sub.add_argument("--first", type=int, default=0, help="the first of them")
-    sub.add_argument("--tokens", type=int, default=100, help="tokens of each to print")
+    sub.add_argument("--tokens", type=int, default=100, help="tokens of each document to print")
+    sub.add_argument("--sequence-length", type=int, default=128, help="train.sequence_length of the samples")
+    sub.add_argument("--seed", type=int, default=1234, help="train.seed of the samples")
+    sub.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="options of data for the samples, as in mask.unit=word",
+    )
     sub = verb("verify", "Check .idx and, by checksums, every byte.", _verify)
     sub.add_argument("prefix", nargs="+")
     sub.add_argument(
@@ -137,6 +158,10 @@ def run_data(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.task is not None:
+        return _inspect_samples(args)
+    if args.set:
+        raise DataError(f"--set {args.set[0]}: needs --task, which prints samples instead of documents.")
     data = IndexedDataset(args.prefix, multimodal=args.multimodal)
     record = read_sidecar(data.prefix) or {}
     print(
@@ -150,12 +175,34 @@ def _inspect(args: argparse.Namespace) -> int:
         if record.get(name) is not None:
             print(f"{name}: {record[name]}")
     words = tokenizer.load(args.tokenizer) if args.tokenizer else None
-    for index in range(args.first, min(args.first + args.documents, data.document_count)):
+    for index in range(args.first, min(args.first + args.count, data.document_count)):
         parts = data.document(index)
         count = sum(len(part) for part in parts)
         ids = [int(number) for part in parts for number in part[: args.tokens]][: args.tokens]
         print(f"--- document {index}: {len(parts)} sequences, {count:,} tokens")
         print(words.decode(ids) if words else " ".join(map(str, ids)), "..." if count > args.tokens else "")
+    return 0
+
+
+def _inspect_samples(args: argparse.Namespace) -> int:
+    """As a training run would get them, of a split that is all of the data unless options say otherwise."""
+    from megnorm.data.choose import open_split  # they need torch, which the other verbs start faster without
+    from megnorm.data.show import read_options, show
+
+    base = {"path": args.prefix, "task": args.task, "tokenizer": args.tokenizer, "split": (1, 0, 0)}
+    config = read_options(base, args.set)
+    words = tokenizer.load(config.tokenizer) if config.tokenizer else None
+    loader = open_split(
+        config,
+        "train",
+        sequence_length=args.sequence_length,
+        seed=args.seed,
+        vocab_size=words.vocab_size if words is not None and args.task == "masked" else LARGEST_ID,
+        samples=args.first + args.count,
+    )
+    print(f"{args.prefix}: task {args.task}, {loader.samples():,} samples in an epoch")
+    for text in show(loader, words, args.first, args.count):
+        print(text)
     return 0
 
 
@@ -165,10 +212,7 @@ def _verify(args: argparse.Namespace) -> int:
         if args.write:
             largest = None
             if data.dtype.kind in "iu":
-                step = 1 << 24
-                largest = max(
-                    (int(data.read(i, min(step, data.total - i)).max()) for i in range(0, data.total, step)), default=-1
-                )
+                largest = data.largest()
             write_sidecar(data.prefix, sum_files(data.prefix), {"max_id": largest})
             print(f"{data.prefix}: checksums written")
         else:

@@ -1,14 +1,80 @@
-"""Options of data: which token files, how they are split, ordered and mixed."""
+"""Options of data: which token files, for which task, how they are split, ordered and mixed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+Task = Literal["causal", "masked", "spans", "pairs", "classes"]
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Masked language modelling. probability: share of tokens to predict.
+
+    unit: what is chosen at once: a token, a whole word, or a span of whole words (geometric lengths of mean_span, at most
+    longest_span). keep, swap: shares of the chosen tokens that stay or become random; the others become the mask token.
+    token: name of the mask token, None: [MASK] or <mask>. begin, end: names of tokens that frame every row, as [CLS] and
+    [SEP]; None: rows are a piece of the token stream and nothing else.
+    """
+
+    probability: float = 0.15
+    unit: Literal["token", "word", "span"] = "token"
+    keep: float = 0.1
+    swap: float = 0.1
+    mean_span: float = 3.0
+    longest_span: int = 10
+    token: str | None = None
+    begin: str | None = None
+    end: str | None = None
+
+
+@dataclass(frozen=True)
+class SpanConfig:
+    """T5's span corruption. density: share of tokens taken out, in spans of mean_span tokens on average.
+
+    sentinels: first and last id of the marks that stand for spans (T5's run downwards); None: <extra_id_0>,
+    <extra_id_1>, ... of data.tokenizer. Rows of train.sequence_length tokens become a shorter source and a target.
+    """
+
+    density: float = 0.15
+    mean_span: float = 3.0
+    sentinels: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Translation pairs, bucketed by length. sides: what stands behind a prefix of data.path for source and target.
+
+    tokens_per_batch: most padded tokens of a bucket, on its longer side; a sample of this task is one bucket, so
+    train.global_batch counts buckets. longest: pairs with a longer side are left out and counted.
+    """
+
+    sides: tuple[str, str] = ("_0", "_1")
+    tokens_per_batch: int = 4096
+    longest: int = 512
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """Classification. data.path, data.valid and data.test name TSV (with a header) or JSONL files.
+
+    texts, label: columns; by default all but the last, and the last. names: the classes in order; by default those of
+    the training file, sorted. begin, end: names of the tokens before the first text and behind each.
+    """
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    names: tuple[str, ...] = ()
+    begin: str = "[CLS]"
+    end: str = "[SEP]"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Token files written by ``megnorm preprocess`` (or by Megatron) and the order of samples.
 
-    path: prefix, or several, of ``PREFIX.bin`` and ``PREFIX.idx``.
+    path: prefix, or several, of ``PREFIX.bin`` and ``PREFIX.idx``; also in an object store (s3://bucket/prefix).
+    task: what is made of them: causal, masked, spans (T5), pairs (translation) or classes; options of a task lie in the
+    section of its name (mask for masked).
     weights: share of each path in the training mixture, any positive scale; empty: in proportion to tokens.
     epochs: instead of weights, how often each path is read relative to the others (1, 1, 2: the third twice as often).
     split: fractions of the documents' tokens for train, valid and test, cut at document ends, in file order.
@@ -20,11 +86,14 @@ class DataConfig:
     fim_rate: share of document pieces rearranged for fill-in-the-middle; fim_tokens: ids of the marks before prefix,
     middle and suffix; fim_spm: share of them in the order suffix, prefix, middle.
     mask_end: no loss for what follows an end-of-document token; eod: its id, None: as recorded by ``preprocess``.
-    cache: folder on a local disk for the index of order "megatron", built once per node; None: each rank builds it.
+    pad: id that fills up short rows of spans, pairs and classes; start: first token of a decoder, None: pad.
+    cache: folder on a local disk for what is made once per node: the index of order "megatron", and .idx files of object
+    stores; None: each rank makes its own.
     verify: compare every file with its recorded checksums before the first batch.
     """
 
     path: str | tuple[str, ...] = ()
+    task: Task = "causal"
     weights: tuple[float, ...] = ()
     epochs: tuple[float, ...] = ()
     split: tuple[float, float, float] = (0.98, 0.01, 0.01)
@@ -36,11 +105,17 @@ class DataConfig:
     reset_positions: bool = False
     mask_end: bool = False
     eod: int | None = None
+    pad: int = 0
+    start: int | None = None
     fim_rate: float = 0.0
     fim_tokens: tuple[int, ...] = ()
     fim_spm: float = 0.5
     cache: str | None = None
     verify: bool = False
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    spans: SpanConfig = field(default_factory=SpanConfig)
+    pairs: PairConfig = field(default_factory=PairConfig)
+    classes: ClassConfig = field(default_factory=ClassConfig)
 
     def paths(self, split: str) -> tuple[str, ...]:
         """The prefixes that serve a split."""

@@ -3,7 +3,7 @@
 Both directions are byte-identical with Megatron-LM. The whole .idx is checked when it is opened.
 """
 
-import os
+import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megnorm.data.atomic import AtomicFile
+from megnorm.data.cache import cached
 from megnorm.data.errors import DataError
 from megnorm.data.sidecar import Summer, write_sidecar
+from megnorm.data.storage import Stored, find, is_remote, require_local
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -29,6 +31,7 @@ CODES: dict[int, Any] = {
     8: np.uint16,
 }
 CHUNK = 1 << 20  # entries checked at a time: the check of 10^9 sequences needs no more memory than this
+SCAN = 1 << 24  # elements looked through at a time
 
 
 def code_of(dtype: DTypeLike) -> int:
@@ -53,25 +56,31 @@ def strip_suffix(path: str | Path) -> str:
 
 
 class IndexedDataset:
-    """Read access to one prefix.
+    """Read access to one prefix, on a local disk or in an object store.
 
-    lengths [S] int32, pointers [S] int64 (bytes), documents [D] int64 are views of the mapped file; document i is the
-    sequences documents[i] .. documents[i + 1]. mapped False reads .bin with pread instead of mapping it.
+    lengths [S] int32, pointers [S] int64 (bytes), documents [D] int64 are views of the whole .idx; document i is the
+    sequences documents[i] .. documents[i + 1]. mapped False reads ranges of .bin instead of mapping it, as is always done
+    with object stores. cache: local folder in which the .idx of an object store is kept, once per node.
     """
 
-    def __init__(self, prefix: str | Path, *, multimodal: bool = False, mapped: bool = True) -> None:
+    def __init__(
+        self, prefix: str | Path, *, multimodal: bool = False, mapped: bool = True, cache: str | None = None
+    ) -> None:
         self.prefix = strip_suffix(prefix)
-        self.idx, self.bin = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
-        for path in (self.idx, self.bin):
-            if not path.is_file():
-                raise DataError(
-                    f"{path} not found: give the prefix of a .bin/.idx pair, or write one with megnorm preprocess."
-                )
-        self._read_header(multimodal)
+        self.idx, self.bin = self.prefix + ".idx", self.prefix + ".bin"
+        self.idx_file, self.bin_file = self._find(self.idx), self._find(self.bin)
+        self.mapped = mapped and not is_remote(self.prefix)
+        self._read_header(self._index(cache), multimodal)
         self.total = self._check()
-        self.mapped = mapped
         self._tokens: NDArray[Any] | None = None
-        self._handle: int | None = None
+
+    def _find(self, path: str) -> Stored:
+        found = find(path)
+        if found is None:
+            raise DataError(
+                f"{path} not found: give the prefix of a .bin/.idx pair, or write one with megnorm preprocess."
+            )
+        return found
 
     def _fail(self, field: str, found: object, wanted: object) -> DataError:
         return DataError(
@@ -79,12 +88,20 @@ class IndexedDataset:
             "again or write it anew with megnorm preprocess."
         )
 
-    def _read_header(self, multimodal: bool) -> None:
-        size = self.idx.stat().st_size
-        if size < HEADER.size:
-            raise self._fail("size", f"{size} bytes", f"at least {HEADER.size} bytes of header")
-        with open(self.idx, "rb") as file:
-            magic, version, code, sequences, entries = HEADER.unpack(file.read(HEADER.size))
+    def _index(self, cache: str | None) -> NDArray[np.uint8]:
+        """The bytes of .idx."""
+        file = self.idx_file
+        if file.size < HEADER.size:
+            raise self._fail("size", f"{file.size} bytes", f"at least {HEADER.size} bytes of header")
+        if not is_remote(self.idx):
+            return np.memmap(self.idx, dtype=np.uint8, mode="r")
+        mark = hashlib.sha256(f"{self.idx} {file.size} {file.stamp}".encode()).hexdigest()[:24]
+        fetched = cached(cache, f"idx-{mark}", lambda: {"idx": np.frombuffer(file.read(0, file.size), np.uint8)})
+        return fetched["idx"]
+
+    def _read_header(self, raw: NDArray[np.uint8], multimodal: bool) -> None:
+        size = len(raw)
+        magic, version, code, sequences, entries = HEADER.unpack(raw[: HEADER.size].tobytes())
         if magic != MAGIC:
             raise self._fail("magic", magic, MAGIC)
         if version != 1:
@@ -102,7 +119,6 @@ class IndexedDataset:
                 "size", f"{size} bytes", f"{wanted} bytes for {sequences} sequences and {entries} document entries"
             )
         self.dtype = np.dtype(CODES[code]).newbyteorder("<")
-        raw = np.memmap(self.idx, dtype=np.uint8, mode="r")
 
         def view(start: int, count: int, kind: str) -> NDArray[Any]:
             return np.ndarray(shape=(count,), dtype=kind, buffer=raw, offset=start) if count else np.zeros(0, kind)
@@ -129,7 +145,7 @@ class IndexedDataset:
                 raise self._fail(f"pointer of sequence {start + place}", self.pointers[start + place], wanted)
             total += int(ends[-1])
         self._check_documents()
-        found = self.bin.stat().st_size
+        found = self.bin_file.size
         if found != total * size:
             raise DataError(
                 f"{self.bin}: has {found} bytes, its .idx describes {total * size}: one of the two is truncated or "
@@ -168,17 +184,40 @@ class IndexedDataset:
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Elements start .. start + count, counted from the head of .bin."""
-        if not 0 <= start <= start + count <= self.total:
-            raise DataError(f"{self.bin}: elements {start} to {start + count} asked for, it has {self.total}.")
+        self._require(start, count)
         if self.mapped:
             return self.tokens[start : start + count]
-        if self._handle is None:
-            self._handle = os.open(self.bin, os.O_RDONLY)
         size = self.dtype.itemsize
-        content = os.pread(self._handle, count * size, start * size)
-        if len(content) != count * size:
-            raise DataError(f"{self.bin}: became shorter while it was read; nobody may write to it during a run.")
-        return np.frombuffer(content, dtype=self.dtype)
+        return np.frombuffer(self.bin_file.read(start * size, count * size), dtype=self.dtype)
+
+    def _require(self, start: int, count: int) -> None:
+        if not 0 <= start <= start + count <= self.total:
+            raise DataError(f"{self.bin}: elements {start} to {start + count} asked for, it has {self.total}.")
+
+    def read_many(self, starts: Sequence[int], counts: Sequence[int]) -> Sequence[NDArray[Any]]:
+        """Several pieces; from an object store all at once, since each read waits."""
+        if self.mapped:
+            return [self.read(start, count) for start, count in zip(starts, counts, strict=True)]
+        for start, count in zip(starts, counts, strict=True):
+            self._require(start, count)
+        size = self.dtype.itemsize
+        found = self.bin_file.read_many([start * size for start in starts], [count * size for count in counts])
+        return [np.frombuffer(content, dtype=self.dtype) for content in found]
+
+    def identity(self) -> str:
+        """Tells data sets apart by what they hold, wherever they lie: sizes, and both ends of lengths and elements."""
+        digest = hashlib.blake2b(f"{self.dtype} {len(self)} {len(self.documents)} {self.total}".encode(), digest_size=8)
+        count = min(1 << 16, self.total)
+        for part in (self.lengths[: 1 << 16], self.lengths[-(1 << 16) :]):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        for start in (0, self.total - count):
+            digest.update(self.read(start, count).tobytes())
+        return digest.hexdigest()
+
+    def largest(self, upto: int | None = None) -> int:
+        """The largest element of the first ``upto`` (None: all); -1 where there is none."""
+        end = self.total if upto is None else min(upto, self.total)
+        return max((int(self.read(i, min(SCAN, end - i)).max()) for i in range(0, end, SCAN)), default=-1)
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
         """Elements of one sequence, or a part of it."""
@@ -209,11 +248,6 @@ class IndexedDataset:
         starts = np.append(self.pointers.astype(np.int64) // self.dtype.itemsize, self.total)
         return starts[self.documents.astype(np.int64)]
 
-    def close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
 
 class IndexedWriter:
     """Writes one prefix; nothing lies under the final names before ``finish``. Use as a context manager.
@@ -222,6 +256,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, *, multimodal: bool = False) -> None:
+        require_local(prefix)
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype).newbyteorder("<")
         self.code, self.multimodal = code_of(dtype), multimodal
         self.lengths: list[NDArray[np.int32]] = []

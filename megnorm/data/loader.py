@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 
 from megnorm.data.batch import Batch
 from megnorm.data.config import DataConfig
-from megnorm.data.errors import DataError
-from megnorm.data.indexed import IndexedDataset
+from megnorm.data.errors import DataError, require_same
+from megnorm.data.indexed import SCAN, IndexedDataset, strip_suffix
 from megnorm.data.megatron_order import MegatronOrder
-from megnorm.data.samples import DefaultOrder, Source, key, resume_mixture, shares, split_tokens
+from megnorm.data.samples import DefaultOrder, Source, key, resume_order, shares, split_tokens, too_few
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tasks import fill_in_the_middle
-from megnorm.data.tokenizer import fingerprint
-
-SCAN = 1 << 24  # elements of a file without a sidecar that are looked at before the first batch
+from megnorm.data.tokenizer import fingerprint, is_there
 
 
 class Order(Protocol):
@@ -32,11 +30,58 @@ class Order(Protocol):
     def state(self, consumed: int) -> dict[str, Any]: ...
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Token files that suit the model. record: their sidecar, empty where there is none."""
+
+    data: IndexedDataset
+    record: Mapping[str, Any]
+
+
+def open_tokens(path: str, config: DataConfig, vocab_size: int) -> Tokens:
+    """Open a prefix; its ids must be below the vocabulary, and come from the tokenizer of the config."""
+    path = strip_suffix(path)
+    record = read_sidecar(path) or {}
+    if config.tokenizer is not None and not is_there(config.tokenizer):
+        raise DataError(
+            f"data.tokenizer: there is no '{config.tokenizer}'; give the tokenizer.json, or its folder, with which the "
+            "token files were written."
+        )
+    if config.verify:
+        verify(path)
+    data = IndexedDataset(path, cache=config.cache)
+    if data.dtype.kind not in "iu":
+        raise DataError(f"{data.idx}: holds {data.dtype} numbers, token ids must be integers.")
+    sizes = {"bin": data.bin_file.size, "idx": data.idx_file.size}
+    if record and any(record["files"][name]["bytes"] != size for name, size in sizes.items()):
+        raise DataError(
+            f"{data.prefix}: the sizes of its files are not those recorded in its .meta.json; copy all three again."
+        )
+    known = record.get("max_id")
+    _require(data.largest(SCAN) if known is None else int(known), vocab_size, data.prefix)
+    written = record.get("tokenizer")
+    if written and config.tokenizer and fingerprint(config.tokenizer)["sha256"] != written["sha256"]:
+        raise DataError(
+            f"{data.prefix} was written with tokenizer {written['name']}, data.tokenizer={config.tokenizer} is another one: "
+            "name the tokenizer of the data, or preprocess the text again with this one."
+        )
+    return Tokens(data, record)
+
+
+def _require(largest: int, vocab_size: int, where: str) -> None:
+    if largest >= vocab_size:
+        raise DataError(
+            f"{where}: holds token id {largest}, model.vocab_size is {vocab_size}: the data were written with another "
+            "tokenizer; set model.vocab_size to that of the tokenizer, or preprocess again."
+        )
+
+
 class Loader:
     """Batches of one split for causal language models.
 
     split: train, valid or test. samples: how many will be asked for in all; only order "megatron" needs it.
-    state: what ``state()`` of an earlier run returned, where a run goes on.
+    state: what ``state()`` of an earlier run returned, where a run goes on. framing: tokens by which a task lengthens the
+    rows itself, to sequence_length.
     """
 
     def __init__(
@@ -49,49 +94,48 @@ class Loader:
         vocab_size: int,
         samples: int | None = None,
         state: Mapping[str, Any] | None = None,
+        framing: int = 0,
     ) -> None:
-        self.config, self.split, self.vocab_size, self.length = config, split, vocab_size, sequence_length
+        self.config, self.split, self.vocab_size, self.seed = config, split, vocab_size, seed
+        self.sequence_length, self.length = sequence_length, sequence_length - framing
         paths = config.paths(split)
         if not paths:
             raise DataError("data.path is empty: give the prefix of a .bin/.idx pair, as megnorm preprocess writes it.")
         if len(set(paths)) != len(paths):
             raise DataError("data.path names the same prefix twice: name it once and give it a larger weight.")
-        self.records = {path: read_sidecar(path) for path in paths}
-        if config.tokenizer is not None and not Path(config.tokenizer).exists():
-            raise DataError(
-                f"data.tokenizer: there is no '{config.tokenizer}'; give the tokenizer.json, or its folder, with which the "
-                "token files were written."
-            )
-        if config.verify:
-            for path in paths:
-                verify(path)
-        self.data = [IndexedDataset(path) for path in paths]
-        for data in self.data:
-            self._check_ids(data)
-        self.eod, self.seed = self._find_eod() if config.mask_end else None, seed
-        if config.fim_rate and len(config.fim_tokens) != 3:
-            raise DataError("data.fim_tokens: give three ids, of the marks before prefix, middle and suffix.")
+        self.opened = [open_tokens(path, config, vocab_size) for path in paths]
+        self.eod = self.end_of_document() if config.mask_end or config.fim_rate else None
+        self._check_fim()
         if state is not None:
-            self._check_state(state)
+            require_same(state, self._fixed())
         self.order: Order = (
-            MegatronOrder(config, split, self.data, sequence_length, seed, samples)
+            MegatronOrder(config, split, [one.data for one in self.opened], self.length, seed, samples, state)
             if config.order == "megatron"
             else self._default_order(seed, state)
         )
 
     def _default_order(self, seed: int, state: Mapping[str, Any] | None) -> DefaultOrder:
         config, sources = self.config, []
-        for path, data in zip(config.paths(self.split), self.data, strict=True):
+        for path, tokens in zip(config.paths(self.split), self.opened, strict=True):
+            data = tokens.data
             first, last = split_tokens(data, config.fractions(self.split))
-            source = Source(path, data, first, last - first, self.length, seed)
+            source = Source(path, data.identity(), data, first, last - first, self.length, seed)
             if source.samples < 1:
-                raise DataError(
-                    f"{path}: its {self.split} part has {last - first} tokens, one sample of train.sequence_length="
-                    f"{self.length} needs {self.length + 1}: change data.split, use more data or shorter sequences."
-                )
+                raise too_few(path, self.split, source.tokens, self.length)
             sources.append(source)
-        paths = [source.path for source in sources]
-        return DefaultOrder(sources, resume_mixture(shares(self._weights(sources), paths), paths, state))
+        self._check_twice(sources)
+        parts = shares(self._weights(sources), [source.path for source in sources])
+        return resume_order(parts, sources, state)
+
+    @staticmethod
+    def _check_twice(sources: list[Source]) -> None:
+        seen: dict[str, str] = {}
+        for source in sources:
+            if other := seen.get(source.identity):
+                raise DataError(
+                    f"data.path: {other} and {source.path} hold the same data: name them once and give them a larger weight."
+                )
+            seen[source.identity] = source.path
 
     def _weights(self, sources: list[Source]) -> list[float]:
         config, tokens = self.config, [float(source.tokens) for source in sources]
@@ -107,55 +151,29 @@ class Loader:
             raise DataError("data.weights and data.epochs must not be negative, nor all zero.")
         return list(config.weights) or [e * n for e, n in zip(config.epochs, tokens, strict=True)]
 
-    def _check_ids(self, data: IndexedDataset) -> None:
-        """Ids must be below the vocabulary, and come from the tokenizer of the config."""
-        if data.dtype.kind not in "iu":
-            raise DataError(f"{data.idx}: holds {data.dtype} numbers, token ids must be integers.")
-        record = self.records[data.prefix] if data.prefix in self.records else read_sidecar(data.prefix)
-        sizes = {"bin": data.bin.stat().st_size, "idx": data.idx.stat().st_size}
-        if record is not None and any(record["files"][name]["bytes"] != size for name, size in sizes.items()):
-            raise DataError(
-                f"{data.prefix}: the sizes of its files are not those recorded in its .meta.json; copy all three again."
-            )
-        if record is not None and record.get("max_id") is not None:
-            largest = int(record["max_id"])
-        else:
-            largest = int(data.read(0, min(SCAN, data.total)).max(initial=0))
-        self._require(largest, data.prefix)
-        written = (record or {}).get("tokenizer")
-        if written and self.config.tokenizer:
-            given = fingerprint(self.config.tokenizer)
-            if given["sha256"] != written["sha256"]:
-                raise DataError(
-                    f"{data.prefix} was written with tokenizer {written['name']}, data.tokenizer="
-                    f"{self.config.tokenizer} is another one: name the tokenizer of the data, or preprocess "
-                    "the text again with this one."
-                )
+    def _check_fim(self) -> None:
+        rate, marks = self.config.fim_rate, self.config.fim_tokens
+        for name, share in (("fim_rate", rate), ("fim_spm", self.config.fim_spm)):
+            if not 0.0 <= share <= 1.0:
+                raise DataError(f"data.{name} is {share}: give a share from 0 to 1.")
+        if rate and len(marks) != 3:
+            raise DataError("data.fim_tokens: give three ids, of the marks before prefix, middle and suffix.")
+        if rate and not all(0 <= mark < self.vocab_size for mark in marks):
+            raise DataError(f"data.fim_tokens={list(marks)}: ids must be below model.vocab_size={self.vocab_size}.")
 
-    def _require(self, largest: int, where: str) -> None:
-        if largest >= self.vocab_size:
-            raise DataError(
-                f"{where}: holds token id {largest}, model.vocab_size is {self.vocab_size}: the data were written with "
-                "another tokenizer; set model.vocab_size to that of the tokenizer, or preprocess again."
-            )
-
-    def _find_eod(self) -> int:
-        known = {record["eod"] for record in self.records.values() if record and record.get("eod") is not None}
+    def end_of_document(self) -> int:
+        """The id of the end-of-document token."""
+        known = {one.record["eod"] for one in self.opened if one.record.get("eod") is not None}
         if self.config.eod is not None:
             return self.config.eod
         if len(known) != 1:
-            raise DataError(
-                "data.eod is needed for data.mask_end: the files do not record one id of the end of a document."
-            )
+            raise DataError("data.eod is needed: the files do not record one id of the end of a document.")
         return int(known.pop())
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        for name, now in (("order", self.config.order), ("sequence_length", self.length)):
-            if state[name] != now:
-                raise DataError(
-                    f"the checkpoint's data state has {name} {state[name]}, the config {now}: samples would repeat "
-                    "or be skipped; keep it, or start a new run from the weights alone."
-                )
+    def _fixed(self) -> dict[str, Any]:
+        """What may not change in the middle of a run."""
+        now = {"task": self.config.task, "order": self.config.order, "sequence_length": self.sequence_length}
+        return {**now, "seed": self.seed, "row": self.length}
 
     def samples(self) -> int:
         """Samples in one epoch of this split (order "megatron": in its whole index)."""
@@ -174,12 +192,12 @@ class Loader:
             self._fill_in_the_middle(tokens, ids)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
-            self._require(high, f"{self.split} samples {ids[0]} to {ids[-1]}")
+            _require(high, self.vocab_size, f"{self.split} samples {ids[0]} to {ids[-1]}")
             raise DataError(
                 f"{self.split} samples {ids[0]} to {ids[-1]}: token id {low} is negative; run megnorm data verify."
             )
         mask = np.ones((rows, self.length), np.float32)
-        if self.eod is not None:
+        if self.config.mask_end:
             mask[tokens[:, :-1] == self.eod] = 0.0
         if self.config.separate_documents:
             return self._packed(tokens, mask, self.order.borders(ids))
@@ -195,6 +213,7 @@ class Loader:
         for row, number, inside in zip(tokens, ids.tolist(), self.order.borders(ids), strict=True):
             random = np.random.RandomState(key(self.seed, "fim", number) % 2**32)
             for piece in np.split(row, inside):
+                piece = piece[:-1] if piece[-1] == self.eod else piece  # a document's end stays its end
                 if random.random_sample() < self.config.fim_rate:
                     piece[:] = fill_in_the_middle(piece, random, self.config.fim_tokens, self.config.fim_spm)
 
@@ -217,15 +236,16 @@ class Loader:
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """JSON for a checkpoint: what each source has given once ``consumed_samples`` samples are used."""
-        state = self.order.state(consumed_samples)
+        state = {**self._fixed(), **self.order.state(consumed_samples)}
         json.dumps(state)
         return state
 
 
 def _positions(borders: list[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
     """Positions [rows, length] that start again at every document."""
-    out = np.tile(np.arange(length, dtype=np.int64), (len(borders), 1))
+    begins = np.zeros((len(borders), length), np.int64)  # at each place, where its document begins
     for row, inside in enumerate(borders):
-        for begin in inside[inside < length]:
-            out[row, begin:] = np.arange(length - begin)
-    return out
+        inside = inside[inside < length]
+        begins[row, inside] = inside
+    positions: NDArray[np.int64] = np.arange(length) - np.maximum.accumulate(begins, axis=1)
+    return positions

@@ -1,28 +1,28 @@
 """Megatron's GPT sample order, for users who go on with a run begun there; sources and formats as in its documentation.
 
-One numpy RandomState draws, in this order, the shuffle of the documents and the shuffle of the samples. Blending is
-greedy: the source furthest behind its weight comes next.
+One numpy RandomState draws, in this order, the shuffle of the documents and the shuffle of the samples.
 """
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megnorm.data.blending import Indices, blend_indices, blend_sizes
 from megnorm.data.cache import cached
 from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
-from megnorm.data.indexed import CHUNK, IndexedDataset
+from megnorm.data.indexed import IndexedDataset
+from megnorm.data.samples import too_few
+from megnorm.data.storage import is_remote
 
-SURPLUS = 0.005  # each source of a blend is made this much longer than its share
+CHUNK = 1 << 13  # sequences whose samples are cut at a time
+WIDE = 1 << 26  # up to so many, numbers are shuffled in 64 bits: numpy needs two thirds of the time for these
 SEPARATE = 0.80  # a last epoch that is used by less than this is shuffled on its own
-FEW = 24  # data sets up to which a blend is counted in plain numbers
-Indices = dict[str, NDArray[Any]]
 
 
 def split_sequences(data: IndexedDataset, fractions: tuple[float, float]) -> tuple[int, int]:
@@ -52,29 +52,35 @@ def gpt_indices(
             f"this split has {tokens} tokens, too few for one sample of {length}: change data.split, use more data or "
             "shorter sequences."
         )
+    if last > np.iinfo(np.int32).max:
+        raise DataError(f'order "megatron" counts sequences in 32 bits, here are {last}: use order "default".')
     epochs = 1 if samples is None else max(1, -(-(samples * length + extra) // tokens))
     before_last = ((epochs - 1) * tokens - extra) // length
     separate = (
         epochs > 1 and samples is not None and samples - before_last < int(SEPARATE * ((tokens - extra) // length))
     )
     random = np.random.RandomState(seed)
-    documents = np.arange(first, last, dtype=np.int32)
-    parts = (epochs - 1, 1) if separate else (epochs,)
     order = []
-    for part in parts:
-        order.append(np.tile(documents, part))
-        random.shuffle(order[-1])
-    document_index = np.concatenate(order)
+    for part in (epochs - 1, 1) if separate else (epochs,):
+        sequences = np.empty((part, last - first), np.int64 if part * (last - first) <= WIDE else np.int32)
+        sequences[:] = np.arange(first, last, dtype=np.int32)
+        random.shuffle(flat := sequences.reshape(-1))
+        order.append(flat.astype(np.int32, copy=False))
+    document_index = np.concatenate(order) if separate else order[0]
     elements = epochs * tokens - extra
     total = elements // length if drop_last else -(-elements // length)
     sample_index = _cut(lengths, document_index, min(total * length, elements), total, length, extra)
+    shuffle_index = np.arange(total)
     head = before_last if separate else total
-    kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
-    shuffle_index = np.arange(total, dtype=kind)
     random.shuffle(shuffle_index[:head])
     if head < total:
         random.shuffle(shuffle_index[head:])
-    return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
+    kind = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
+    return {
+        "document_index": document_index,
+        "sample_index": sample_index,
+        "shuffle_index": shuffle_index.astype(kind, copy=False),
+    }
 
 
 def _cut(
@@ -82,82 +88,31 @@ def _cut(
 ) -> NDArray[Any]:
     """Where samples 0 .. total begin, from the cumulative lengths of the sequences in order; ``last`` is the last cut.
 
-    CHUNK sequences at a time, so that memory is that of the result.
+    CHUNK sequences at a time: what belongs to them stays in the processor's cache, which halves the time, and memory is
+    that of the result. Quotients are taken in float64, exact up to 2^52 tokens.
     """
     out = np.empty((total + 1, 2), np.int32 if len(order) <= np.iinfo(np.int32).max else np.int64)
     side: Literal["left", "right"] = "right" if extra else "left"
     tokens = found = 0
     for start in range(0, len(order), CHUNK):
-        sizes = lengths[order[start : start + CHUNK]].astype(np.int64)
-        ends = np.cumsum(sizes) + tokens
-        begins = ends - sizes
+        sizes = lengths[order[start : start + CHUNK]]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        ends += tokens
         place = int(np.searchsorted(ends, last, side=side))
         if place < len(ends):
-            out[total] = start + place, last - begins[place]
+            out[total] = start + place, last - (ends[place] - sizes[place])
             last = np.iinfo(np.int64).max  # found: no later chunk may hold it again
-        before = np.minimum(-(-ends // length) if extra else ends // length + 1, total)  # cuts up to each end
-        places = np.repeat(np.arange(len(ends)), np.diff(before, prepend=found))
+        quotients = ends / length
+        before = (np.ceil(quotients) if extra else np.floor(quotients) + 1).astype(np.int64)  # cuts up to each end
+        np.minimum(before, total, out=before)
         stop = int(before[-1])
+        before -= found
+        places = np.cumsum(np.bincount(before, minlength=stop - found)[: stop - found])
         out[found:stop, 0] = places + start
-        out[found:stop, 1] = np.arange(found, stop) * length - begins[places]
+        out[found:stop, 1] = np.arange(found * length, stop * length, length) - (ends - sizes)[places]
         tokens, found = int(ends[-1]), stop
     out[0] = 0
     return out
-
-
-def blend_sizes(weights: Sequence[float], samples: int) -> list[int]:
-    """How many samples each source of a blend is asked for."""
-    total = sum(weights)
-    return [math.ceil(math.ceil(samples * (w / total)) * (1 + SURPLUS)) for w in weights]
-
-
-def blend_indices(weights: Sequence[float], samples: int) -> Indices:
-    """dataset_index [samples] int16, dataset_sample_index [samples] int64: the largest weight x max(i, 1) - drawn."""
-    if len(weights) > np.iinfo(np.int16).max:
-        raise DataError(
-            f'order "megatron" mixes at most 32767 data sets, {len(weights)} are given: use order "default".'
-        )
-    share = np.asarray(weights, np.float64)
-    share = share / share.sum() if len(share) else share
-    chosen, drawn = np.empty(samples, np.int16), np.empty(samples, np.int64)
-    counts, error = np.zeros(len(share)), np.empty(len(share))
-    if len(share) <= FEW:
-        return _blend_few(share.tolist(), chosen, drawn)
-    for i in range(samples):
-        np.multiply(share, i or 1, out=error)
-        error -= counts
-        best = int(error.argmax())
-        chosen[i], drawn[i] = best, counts[best]
-        counts[best] += 1
-    return {"dataset_index": chosen, "dataset_sample_index": drawn}
-
-
-def _blend_few(share: list[float], chosen: NDArray[np.int16], drawn: NDArray[np.int64]) -> Indices:
-    """The same in plain numbers, which is faster than arrays for few data sets."""
-    counts = [0] * len(share)
-    for i in range(len(chosen)):
-        now = i or 1
-        errors = [weight * now - count for weight, count in zip(share, counts, strict=True)]
-        best = errors.index(max(errors))
-        chosen[i], drawn[i] = best, counts[best]
-        counts[best] += 1
-    return {"dataset_index": chosen, "dataset_sample_index": drawn}
-
-
-def blend_exhaustive(sizes: Sequence[int]) -> Indices:
-    """As ``blend_indices`` with weights in proportion to sizes, until every source is used up."""
-    total = sum(sizes)
-    share, limit = np.asarray(sizes, np.float64) / total, np.asarray(sizes)
-    chosen, drawn = np.empty(total, np.int16), np.empty(total, np.int64)
-    counts = np.zeros(len(sizes))
-    open_ = np.flatnonzero(limit > 0)
-    for i in range(total):
-        best = open_[int(np.argmax(share[open_] * (i or 1) - counts[open_]))]
-        chosen[i], drawn[i] = best, counts[best]
-        counts[best] += 1
-        if counts[best] == limit[best]:
-            open_ = open_[open_ != best]
-    return {"dataset_index": chosen, "dataset_sample_index": drawn}
 
 
 class GPTSamples:
@@ -186,22 +141,29 @@ class GPTSamples:
         starts[0] += begin
         return list(zip(starts, counts, strict=True))
 
-    def fill(self, index: int, out: NDArray[Any]) -> None:
-        """Write the tokens of a sample, padded to L + extra, into out."""
-        place = 0
-        for start, count in self.pieces(index):
-            out[place : place + count] = self.data.read(start, count)
-            place += count
-        out[place:] = self.pad
+    def fill(self, out: NDArray[Any], rows: Sequence[tuple[int, list[tuple[int, int]]]]) -> None:
+        """Write (row, pieces) into out [.., L + extra], padded where the pieces are shorter."""
+        flat = [piece for _, pieces in rows for piece in pieces]
+        found = iter(self.data.read_many([start for start, _ in flat], [count for _, count in flat]))
+        for row, pieces in rows:
+            place, line = 0, out[row]
+            for _, count in pieces:
+                line[place : place + count] = next(found)
+                place += count
+            line[place:] = self.pad
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        out = np.empty(self.length + self.extra, np.int64)
-        self.fill(index, out)
-        return out
+        out = np.empty((1, self.length + self.extra), np.int64)
+        self.fill(out, [(0, self.pieces(index))])
+        return out[0]
 
 
 class MegatronOrder:
-    """Rows by sample id in Megatron's order, for one data set or a blend."""
+    """Rows by sample id in Megatron's order, for one data set or a blend.
+
+    samples: how many the whole run takes; it decides the order of all of them, so a run that goes on (state) keeps the
+    number it began with.
+    """
 
     def __init__(
         self,
@@ -211,25 +173,43 @@ class MegatronOrder:
         length: int,
         seed: int,
         samples: int | None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        if samples is None and len(data) > 1:
+        self.asked = samples if state is None else state["asked"]
+        if self.asked is None and len(data) > 1:
             raise DataError(
                 'order "megatron" needs to know how many samples a blend is asked for: give the loader samples=.'
             )
         self.length, weights = length, self._weights(config, split, data)
-        asked = [samples] if len(data) == 1 else list(blend_sizes(weights, samples or 0))
-        fractions = config.fractions(split)
+        asked = [self.asked] if len(data) == 1 else list(blend_sizes(weights, self.asked or 0))
+        ranges = [split_sequences(one, config.fractions(split)) for one in data]
+        self.sources = [[one.identity(), *map(int, ends)] for one, ends in zip(data, ranges, strict=True)]
+        self.weights = weights
+        if state is not None and (state["sources"], state["weights"]) != (self.sources, weights):
+            raise DataError(
+                'order "megatron" cannot change its data in the middle of a run: put data.path, data.weights and data.split '
+                "back, or start a new run from the weights alone (checkpoint.init_from)."
+            )
         self.parts = []
-        for one, count in zip(data, asked, strict=True):
-            first, last = split_sequences(one, fractions)
+        for one, count, (first, last) in zip(data, asked, ranges, strict=True):
             what = {"length": length, "seed": seed, "samples": count, "first": first, "last": last}
+            tokens = int(one.lengths[first:last].sum(dtype=np.int64))
+            if tokens < 2 or (count is None and tokens < length + 1):
+                raise too_few(one.prefix, split, tokens, length)
             self.parts.append(GPTSamples(one, cached_indices(config.cache, one, what), length))
         self.blend = None
         if len(data) > 1:
             self.blend = cached(
                 config.cache,
-                _name("blend", {"weights": weights, "samples": samples}),
-                lambda: blend_indices(weights, samples or 0),
+                _name("blend", {"weights": weights, "samples": self.asked}),
+                lambda: blend_indices(weights, self.asked or 0),
+            )
+        if samples is not None and samples > self.samples:
+            raise DataError(
+                f'order "megatron" was made for the {self.asked} samples with which this run began, its index holds '
+                f"{self.samples}, now {samples} are asked for, which would change the order of all: keep train.steps x "
+                'train.global_batch, or start a new run from the weights alone (checkpoint.init_from); order "default" '
+                "has no such bound."
             )
 
     @staticmethod
@@ -247,37 +227,40 @@ class MegatronOrder:
     def samples(self) -> int:
         return len(self.blend["dataset_index"]) if self.blend else len(self.parts[0])
 
-    def _find(self, sample: int) -> tuple[GPTSamples, int]:
-        if not 0 <= sample < self.samples:
+    def _find(self, ids: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Data set and number in it of each id."""
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
+        if low < 0 or high >= self.samples:
             raise DataError(
-                f'sample {sample} asked for, the index of order "megatron" holds {self.samples}: it is sized by the '
-                "steps of the run; set train.steps to all steps."
+                f'sample {high if low >= 0 else low} asked for, the index of order "megatron" holds {self.samples}: it is '
+                "sized by the steps of the run; set train.steps to all steps."
             )
         if self.blend is None:
-            return self.parts[0], sample
-        part = self.parts[int(self.blend["dataset_index"][sample])]
-        return part, int(self.blend["dataset_sample_index"][sample])
+            return [(0, number) for number in ids.tolist()]
+        source, number = (self.blend[name][ids].tolist() for name in ("dataset_index", "dataset_sample_index"))
+        return list(zip(source, number, strict=True))
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [len(ids), L + 1]."""
         out = np.empty((len(ids), self.length + 1), np.int64)
-        for row, sample in enumerate(ids.tolist()):
-            part, index = self._find(sample)
-            part.fill(index, out[row])
+        wanted: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {}
+        for row, (source, number) in enumerate(self._find(ids)):
+            wanted.setdefault(source, []).append((row, self.parts[source].pieces(number)))
+        for source, mine in wanted.items():
+            self.parts[source].fill(out, mine)
         return out
 
     def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each row, the positions 1 .. L at which a new sequence begins."""
         found = []
-        for sample in ids.tolist():
-            part, index = self._find(sample)
-            counts = [count for _, count in part.pieces(index)]
+        for source, number in self._find(ids):
+            counts = [count for _, count in self.parts[source].pieces(number)]
             found.append(np.unique(np.cumsum(counts[:-1], dtype=np.int64)))
         return found
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"order": "megatron", "sequence_length": self.length, "samples": consumed}
+        return {"samples": consumed, "asked": self.asked, "sources": self.sources, "weights": self.weights}
 
 
 def _name(kind: str, what: dict[str, Any]) -> str:
@@ -286,20 +269,11 @@ def _name(kind: str, what: dict[str, Any]) -> str:
 
 def cached_indices(folder: str | None, data: IndexedDataset, what: dict[str, Any]) -> Indices:
     """The indices of one data set, from the cache if there is one."""
-    state = data.idx.stat()
-    identity = {**what, "path": str(Path(data.prefix).resolve()), "bytes": state.st_size, "mtime": state.st_mtime_ns}
+    path = data.prefix if is_remote(data.prefix) else str(Path(data.prefix).resolve())
+    identity = {**what, "path": path, "bytes": data.idx_file.size, "stamp": data.idx_file.stamp}
 
     def build() -> Indices:
-        try:
-            return gpt_indices(
-                data.lengths,
-                what["first"],
-                what["last"],
-                length=what["length"],
-                seed=what["seed"],
-                samples=what["samples"],
-            )
-        except DataError as error:
-            raise DataError(f"{data.prefix}: {error}") from None
+        sizes = {name: what[name] for name in ("length", "seed", "samples")}
+        return gpt_indices(data.lengths, what["first"], what["last"], **sizes)
 
     return cached(folder, _name("gpt", identity), build)

@@ -1,17 +1,20 @@
 """Pairs of sequences, such as translations: bucketed by length to a number of tokens a batch."""
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megnorm.data.batch import PairBatch
-from megnorm.data.errors import DataError
-from megnorm.data.indexed import IndexedDataset
+from megnorm.data.config import DataConfig
+from megnorm.data.errors import DataError, require_same
+from megnorm.data.loader import open_tokens
 from megnorm.data.samples import key
 
-POOL = 100  # batches that are sorted by length together
+POOL = 100  # buckets that are sorted by length together
 MULTIPLE = 8  # padded lengths are multiples of it
 
 
@@ -35,89 +38,130 @@ def collate(
 class PairLoader:
     """Pairs out of two data sets with the same documents, as ``preprocess --keys`` writes them.
 
-    tokens_per_batch: most padded tokens of a batch, counted on its longer side, over all data-parallel ranks.
-    multiple: batches hold a multiple of so many pairs (make it a multiple of the data-parallel size). longest: pairs with
-    a longer side are left out, and counted in ``dropped`` with those that have an empty side.
+    A sample is one bucket: pairs of like length, of at most data.pairs.tokens_per_batch padded tokens. ``dropped`` counts
+    pairs that were left out: longer than data.pairs.longest, or with an empty side.
     """
 
     def __init__(
         self,
-        source: str,
-        target: str,
+        config: DataConfig,
+        split: str,
         *,
-        tokens_per_batch: int,
+        sequence_length: int,
         seed: int,
         vocab_size: int,
-        start: int,
-        pad: int,
-        longest: int = 512,
-        multiple: int = 1,
+        samples: int | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.source, self.target = IndexedDataset(source), IndexedDataset(target)
-        if self.source.document_count != self.target.document_count:
+        path, options = own_path(config, split), config.pairs
+        self.seed, self.options = seed, options
+        self.pad, self.start = config.pad, config.pad if config.start is None else config.start
+        self.sides = [open_tokens(path + side, config, vocab_size).data for side in options.sides]
+        counts = [side.document_count for side in self.sides]
+        if counts[0] != counts[1]:
             raise DataError(
-                f"{source} has {self.source.document_count} documents, {target} {self.target.document_count}: write both with "
-                "one run of megnorm preprocess, so that they stay side by side."
+                f"{self.sides[0].prefix} has {counts[0]} documents, {self.sides[1].prefix} {counts[1]}: write both with one "
+                "run of megnorm preprocess, so that they stay side by side."
             )
-        for data in (self.source, self.target):
-            if data.total and int(data.tokens.max()) >= vocab_size:
-                raise DataError(f"{data.prefix}: holds token id {data.tokens.max()}, model.vocab_size is {vocab_size}.")
-        if tokens_per_batch < multiple * longest:
+        if options.tokens_per_batch < -(-options.longest // MULTIPLE) * MULTIPLE:
             raise DataError(
-                f"tokens_per_batch={tokens_per_batch} cannot hold {multiple} pairs of {longest} tokens: raise it."
+                f"data.pairs.tokens_per_batch={options.tokens_per_batch} cannot hold a pair of data.pairs.longest="
+                f"{options.longest} tokens, padded to a multiple of {MULTIPLE}: raise the one or lower the other."
             )
-        self.tokens_per_batch, self.seed, self.start, self.pad, self.multiple = (
-            tokens_per_batch,
-            seed,
-            start,
-            pad,
-            multiple,
-        )
-        sizes = [np.diff(data.document_starts()) for data in (self.source, self.target)]
+        if not 0 <= max(self.pad, self.start) < vocab_size:
+            raise DataError(
+                f"data.pad={self.pad} and data.start={self.start} must be below {vocab_size}, model.vocab_size."
+            )
+        sizes = [np.diff(side.document_starts()) for side in self.sides]
         self.sizes = np.maximum(*sizes)
-        self.kept = np.flatnonzero((np.minimum(*sizes) > 0) & (self.sizes <= longest))
-        self.dropped = self.source.document_count - len(self.kept)
-        if len(self.kept) < multiple:
-            raise DataError(f"{source}: {len(self.kept)} usable pairs, a batch needs {multiple}.")
+        self.kept = np.flatnonzero((np.minimum(*sizes) > 0) & (self.sizes <= options.longest))
+        self.dropped = counts[0] - len(self.kept)
+        if not len(self.kept):
+            raise DataError(
+                f"{path}: none of its {counts[0]} pairs has two sides of 1 to data.pairs.longest={options.longest} tokens."
+            )
         self._epoch: tuple[int, list[NDArray[np.int64]]] | None = None
+        self._ends: list[int] = []  # buckets in all epochs up to each
+        if state is not None:
+            require_same(state, self._fixed())
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Document numbers of every batch of an epoch: shuffled, sorted by length in pools, cut, shuffled again."""
-        if self._epoch is None or self._epoch[0] != epoch:
+    def _fixed(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "task": "pairs",
+            "seed": self.seed,
+            "tokens_per_batch": options.tokens_per_batch,
+            "longest": options.longest,
+            "content": [side.identity() for side in self.sides],
+        }
+
+    def buckets(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Document numbers of every bucket of an epoch: shuffled, sorted by length in pools, cut, shuffled again."""
+        kept = self._epoch
+        if kept is None or kept[0] != epoch:
             random = np.random.RandomState(key(self.seed, "pairs", epoch) % 2**32)
             order = random.permutation(self.kept)
-            pool = max(self.multiple, POOL * self.tokens_per_batch // int(self.sizes[self.kept].mean() + 1))
+            pool = max(1, POOL * self.options.tokens_per_batch // int(self.sizes[self.kept].mean() + 1))
             found: list[NDArray[np.int64]] = []
             for first in range(0, len(order), pool):
                 part = order[first : first + pool]
                 found += self._cut(part[np.argsort(self.sizes[part], kind="stable")])
-            self._epoch = epoch, [found[i] for i in random.permutation(len(found))]
-        return self._epoch[1]
+            kept = self._epoch = epoch, [found[i] for i in random.permutation(len(found))]
+        return kept[1]
 
     def _cut(self, ordered: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Buckets out of documents in order of their length."""
+        padded = -(-self.sizes[ordered] // MULTIPLE) * MULTIPLE
         found, first = [], 0
         while first < len(ordered):
-            count = 0
-            while first + count + self.multiple <= len(ordered):
-                longest = -(-int(self.sizes[ordered[first + count + self.multiple - 1]]) // MULTIPLE) * MULTIPLE
-                if count and (count + self.multiple) * longest > self.tokens_per_batch:
-                    break
-                count += self.multiple
-            if count == 0:  # fewer than `multiple` are left over: they wait for another epoch's order
-                break
+            fits = np.arange(1, len(ordered) - first + 1) * padded[first:] <= self.options.tokens_per_batch
+            count = len(fits) if fits.all() else int(np.argmin(fits))
             found.append(ordered[first : first + count])
             first += count
         return found
 
-    def batch(self, epoch: int, number: int, dp_rank: int = 0, dp_size: int = 1) -> PairBatch:
-        """Rows of one data-parallel rank of batch ``number`` of an epoch."""
-        documents = self.batches(epoch)[number]
-        if len(documents) % dp_size:
+    def samples(self) -> int:
+        """Buckets in the first epoch; their number varies a little between epochs."""
+        return len(self.buckets(0))
+
+    def _bucket(self, sample: int) -> NDArray[np.int64]:
+        """The pairs of a bucket, counted over all epochs."""
+        while not self._ends or sample >= self._ends[-1]:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self.buckets(len(self._ends))))
+        epoch = bisect.bisect_right(self._ends, sample)
+        return self.buckets(epoch)[sample - (self._ends[epoch - 1] if epoch else 0)]
+
+    def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> list[PairBatch]:
+        """The buckets of one data-parallel rank: count/dp_size from first_sample + dp_rank x count/dp_size on."""
+        if count % dp_size:
             raise DataError(
-                f"batches of {self.multiple} pairs cannot be dealt to {dp_size} ranks: set multiple={dp_size}."
+                f"a batch of {count} buckets cannot be dealt to {dp_size} data-parallel ranks: make it a multiple."
             )
-        mine = documents[dp_rank * len(documents) // dp_size : (dp_rank + 1) * len(documents) // dp_size].tolist()
-        sides = [
-            [np.concatenate(data.document(i)).astype(np.int64) for i in mine] for data in (self.source, self.target)
-        ]
+        rows = count // dp_size
+        return [self._pairs(first_sample + dp_rank * rows + i) for i in range(rows)]
+
+    def _pairs(self, sample: int) -> PairBatch:
+        documents = self._bucket(sample).tolist()
+        sides = [[np.concatenate(side.document(i)).astype(np.int64) for i in documents] for side in self.sides]
         return collate(sides[0], sides[1], start=self.start, pad=self.pad)
+
+    def state(self, consumed_samples: int) -> dict[str, Any]:
+        """JSON for a checkpoint."""
+        return {**self._fixed(), "samples": consumed_samples}
+
+
+def own_path(config: DataConfig, split: str) -> str:
+    """The one path of a split, for tasks whose splits are files of their own."""
+    given = {"train": config.path, "valid": config.valid, "test": config.test}[split]
+    paths = (given,) if isinstance(given, str) else tuple(given)
+    name = "path" if split == "train" else split
+    if not paths:
+        remedy = ", or set train.eval_batches=0 to train without evaluation" if split == "valid" else ""
+        raise DataError(
+            f"data.{name} is empty: data.task={config.task} takes each split from a path of its own{remedy}."
+        )
+    if len(paths) > 1:
+        raise DataError(
+            f"data.{name} has {len(paths)} entries, data.task={config.task} takes one: join them (megnorm data merge)."
+        )
+    return paths[0]

@@ -4,6 +4,7 @@ A unit that is done stays done: after a kill the same command goes on with the r
 that uses the tokenizer's threads, or by many ranks under MPI; the result is the same byte for byte.
 """
 
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -95,15 +96,17 @@ def run(job: Job) -> Report:
             f"{job.tokenizer}: has no end-of-document token: name one with --eod-token, or pass --no-append-eod."
         )
     parts = Path(f"{job.output}.parts")
+    report = Report()
     if ranks.rank == 0:
         _claim(parts, job, units)
+        report.resumed = sum(_done(parts, number).is_file() for number in range(len(units)))
     ranks.barrier()
     mine = list(range(ranks.rank, len(units), ranks.size))
     todo = [number for number in mine if not _done(parts, number).is_file()]
-    report = Report(resumed=len(mine) - len(todo))
     try:
         total, left = (sum(units[i].bytes for i in numbers) for numbers in (mine, todo))
-        with Progress(total, total - left, hidden=not job.progress or ranks.rank != 0) as progress:
+        name = f"rank 0 of {ranks.size}" if ranks.size > 1 else "preprocess"
+        with Progress(total, total - left, hidden=not job.progress or ranks.rank != 0, name=name) as progress:
             if job.workers > 1 and len(todo) > 1:
                 _share(job, {number: units[number] for number in todo}, parts, progress)
             else:
@@ -164,10 +167,8 @@ def _share(job: Job, units: Mapping[int, Unit], parts: Path, progress: "Progress
 class Progress:
     """The progress bar: bytes of input, with documents, megabytes of JSON and tokens a second."""
 
-    def __init__(self, total: int, done: int = 0, *, hidden: bool) -> None:
-        self.bar: tqdm[Any] = tqdm(
-            total=total, initial=done, unit="B", unit_scale=True, disable=hidden, desc="preprocess"
-        )
+    def __init__(self, total: int, done: int = 0, *, hidden: bool, name: str = "preprocess") -> None:
+        self.bar: tqdm[Any] = tqdm(total=total, initial=done, unit="B", unit_scale=True, disable=hidden, desc=name)
         self.sum, self.begun = Report(), time.monotonic()
 
     def add(self, done: Report, moved: int) -> None:
@@ -321,12 +322,16 @@ def encode(
 def _join(job: Job, tokenizer: Tokenizer, parts: Path, count: int, report: Report) -> None:
     """One output per key out of all parts, in order."""
     for number in range(count):
+        if not _done(parts, number).is_file():
+            raise DataError(f"{parts}: unit {number} is not there: put --output on a disk that all ranks share.")
         report.add(json.loads(_done(parts, number).read_text()))
     if report.documents == 0:
         told = f" ({'; '.join(report.first)})" if report.first else ""
         raise DataError(f"{', '.join(job.inputs)}: no document with {' and '.join(job.keys)} in it{told}.")
     for place, key in enumerate(job.keys):
-        prefix = job.prefix(key)
+        prefix = Path(job.prefix(key))
+        for torn in prefix.parent.glob(f".{glob.escape(prefix.name)}.*.*.tmp"):
+            torn.unlink()  # of a run that was killed while it joined
         with IndexedWriter(prefix, smallest_dtype(tokenizer.vocab_size)) as writer:
             for number in range(count):
                 writer.add_dataset(IndexedDataset(parts / f"{number:06d}.{place}"))

@@ -20,6 +20,7 @@ from megnorm.data.indexed import IndexedDataset
 
 PERIOD = 1 << 20  # samples after which the pattern of a mixture repeats; shares are multiples of 1 / PERIOD
 ROUNDS = 8
+BLOCK = 1 << 14  # indices that are permuted at a time
 _32 = np.uint64(32)
 
 
@@ -31,6 +32,9 @@ def key(*parts: object) -> int:
 def permute(index: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
     """Where a permutation of 0 .. size-1, chosen by seed, sends each index: a Feistel network on a grid of about
     sqrt(size) x sqrt(size), walked on while it lands beyond size."""
+    if len(index) > BLOCK:  # block by block they stay in the processor's cache
+        parts = [permute(index[first : first + BLOCK], size, seed) for first in range(0, len(index), BLOCK)]
+        return np.concatenate(parts)
     rows = int(np.ceil(np.sqrt(size)))
     columns = -(-size // rows)
     out = index.astype(np.uint64)
@@ -45,15 +49,22 @@ def permute(index: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]
 def _rounds(index: NDArray[np.uint64], rows: int, columns: int, seed: int) -> NDArray[np.uint64]:
     width = np.uint64(columns)
     sizes = (np.uint64(rows), width)
-    halves = [index // width, index % width]
+    high = index // width
+    halves = [high, index - high * width]
     for turn in range(ROUNDS):
         secret = key(seed, turn)
         this, other = turn % 2, halves[1 - turn % 2]
-        noise = (other + np.uint64(secret >> 1)) * np.uint64(secret | 1)
+        noise = other + np.uint64(secret >> 1)
+        noise *= np.uint64(secret | 1)
         noise ^= noise >> _32
         noise *= np.uint64(0xD6E8FEB86659FD93)
-        moved = halves[this] + (((noise >> _32) * sizes[this]) >> _32)
-        halves[this] = np.where(moved >= sizes[this], moved - sizes[this], moved)
+        noise >>= _32
+        noise *= sizes[this]
+        noise >>= _32
+        noise += halves[this]
+        halves[this] = np.minimum(
+            noise, noise - sizes[this]
+        )  # modulo: below its size, the difference wraps and is large
     result: NDArray[np.uint64] = halves[0] * width + halves[1]
     return result
 
@@ -70,11 +81,25 @@ def split_tokens(data: IndexedDataset, fractions: tuple[float, float]) -> tuple[
     return border(fractions[0]), border(fractions[1])
 
 
+def too_few(path: str, split: str, tokens: int, length: int) -> DataError:
+    """The refusal of a split that holds not even one sample of ``length`` tokens and the next one."""
+    remedy = "change data.split, use more data or shorter sequences"
+    remedy += ", or set train.eval_batches=0 to train without evaluation" if split == "valid" else ""
+    return DataError(
+        f"{path}: its {split} part has {tokens} tokens, one sample of train.sequence_length={length} needs {length + 1}: "
+        f"{remedy}."
+    )
+
+
 @dataclass(frozen=True)
 class Source:
-    """One file's part in a split. start, tokens: elements of .bin; length: L; samples: full samples in an epoch."""
+    """One file's part in a split. start, tokens: elements of .bin; length: L; samples: full samples in an epoch.
+
+    identity: of the content, so that a run goes on with the same samples when its data have moved.
+    """
 
     path: str
+    identity: str
     data: IndexedDataset
     start: int
     tokens: int
@@ -89,9 +114,9 @@ class Source:
         """First token of the samples drawn from this source as its 0th, 1st, ... draw, over all epochs."""
         epochs, within = np.divmod(draws, self.samples)
         out = np.empty_like(draws)
-        for epoch in np.unique(epochs):
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1) if len(epochs) else ():
             chosen = epochs == epoch
-            secret = key(self.seed, self.path, int(epoch))
+            secret = key(self.seed, self.identity, epoch)
             shift = secret % (self.tokens - self.samples * self.length)
             out[chosen] = self.start + shift + permute(within[chosen], self.samples, secret) * self.length
         return out
@@ -155,10 +180,10 @@ class Mixture:
 
 
 class DefaultOrder:
-    """Reads rows by sample id."""
+    """Reads rows by sample id. left: what a checkpoint said of sources that are in the mixture no more."""
 
-    def __init__(self, sources: Sequence[Source], mixture: Mixture) -> None:
-        self.sources, self.mixture = list(sources), mixture
+    def __init__(self, sources: Sequence[Source], mixture: Mixture, left: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.sources, self.mixture, self.left = list(sources), mixture, list(left)
         self.length = sources[0].length
         self._documents: dict[int, NDArray[np.int64]] = {}
 
@@ -169,14 +194,21 @@ class DefaultOrder:
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [len(ids), L + 1]."""
         out = np.empty((len(ids), self.length + 1), np.int64)
-        for row, (source, start) in enumerate(zip(*self.places(ids), strict=True)):
-            out[row] = self.sources[source].data.read(int(start), self.length + 1)
+        source, start = (array.tolist() for array in self.places(ids))
+        wanted: dict[int, list[int]] = {}
+        for row, number in enumerate(source):
+            wanted.setdefault(number, []).append(row)
+        for number, mine in wanted.items():
+            starts = [start[row] for row in mine]
+            found = self.sources[number].data.read_many(starts, [self.length + 1] * len(mine))
+            for row, tokens in zip(mine, found, strict=True):
+                out[row] = tokens
         return out
 
     def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each row, the positions 1 .. L at which a new document begins."""
         found = []
-        for source, start in zip(*self.places(ids), strict=True):
+        for source, start in zip(*(array.tolist() for array in self.places(ids)), strict=True):
             if source not in self._documents:
                 self._documents[source] = np.unique(self.sources[source].data.document_starts())
             starts = self._documents[source]
@@ -184,34 +216,57 @@ class DefaultOrder:
             found.append(starts[low:high] - start)
         return found
 
-    def places(self, ids: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    def places(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source and first token of each id."""
         source, draw = self.mixture.locate(ids)
         start = np.empty(len(ids), np.int64)
         for number in np.unique(source):
             chosen = source == number
             start[chosen] = self.sources[number].starts(draw[chosen])
-        return source.tolist(), start.tolist()
+        return source, start
 
     def state(self, consumed: int) -> dict[str, Any]:
         """What a checkpoint keeps: enough to go on with the same mixture, or another one."""
-        paths = [source.path for source in self.sources]
-        return {
-            "order": "default",
-            "sequence_length": self.length,
-            "shares": dict(zip(paths, self.mixture.parts.tolist(), strict=True)),
-            "start": self.mixture.start,
-            "counts": dict(zip(paths, self.mixture.counts.tolist(), strict=True)),
-            "samples": consumed,
-            "consumed": dict(zip(paths, self.mixture.consumed(consumed), strict=True)),
-        }
+        mixture = self.mixture
+        columns = (mixture.parts.tolist(), mixture.counts.tolist(), mixture.consumed(consumed))
+        sources = [
+            {"path": s.path, "identity": s.identity, "start": s.start, "tokens": s.tokens}
+            | {"share": share, "count": count, "consumed": used}
+            for s, share, count, used in zip(self.sources, *columns, strict=True)
+        ]
+        return {"samples": consumed, "start": mixture.start, "sources": sources, "left": self.left}
 
 
-def resume_mixture(parts: Sequence[int], paths: Sequence[str], state: Mapping[str, Any] | None) -> Mixture:
-    """The mixture of a run that goes on: the old one where nothing changed, else a new one from the point reached, in
-    which every source goes on where it stood."""
+def resume_order(parts: Sequence[int], sources: Sequence[Source], state: Mapping[str, Any] | None) -> DefaultOrder:
+    """The order of a run that goes on: the old mixture where nothing changed, else a new one from the point reached, in
+    which every source goes on where it stood, also one that was left out for a while."""
     if state is None:
-        return Mixture(parts)
-    if state["shares"] == dict(zip(paths, parts, strict=True)):
-        return Mixture(parts, state["start"], [state["counts"][path] for path in paths])
-    return Mixture(parts, state["samples"], [state["consumed"].get(path, 0) for path in paths])
+        return DefaultOrder(sources, Mixture(parts))
+    known = {entry["identity"]: entry for entry in [*state["left"], *state["sources"]]}
+    _check_known(sources, known)
+    now = [(source.identity, part) for source, part in zip(sources, parts, strict=True)]
+    if [(entry["identity"], entry["share"]) for entry in state["sources"]] == now:
+        mixture = Mixture(parts, state["start"], [entry["count"] for entry in state["sources"]])
+    else:
+        used = [known[s.identity]["consumed"] if s.identity in known else 0 for s in sources]
+        mixture = Mixture(parts, state["samples"], used)
+    left = [entry for identity, entry in known.items() if identity not in dict(now)]
+    return DefaultOrder(sources, mixture, left)
+
+
+def _check_known(sources: Sequence[Source], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """What was read before the checkpoint must still be what its counters count."""
+    held = {entry["path"] for entry in known.values()}
+    for source in sources:
+        before = known.get(source.identity)
+        if before is None and source.path in held:
+            raise DataError(
+                f"{source.path}: holds other data than when the checkpoint was written: put those back, or give the new "
+                "data a name of their own."
+            )
+        if before is not None and (before["start"], before["tokens"]) != (source.start, source.tokens):
+            raise DataError(
+                f"{source.path}: tokens {before['start']} to {before['start'] + before['tokens']} were read before the "
+                f"checkpoint, now {source.start} to {source.start + source.tokens}: keep data.split, or start a new run "
+                "from the weights alone (checkpoint.init_from)."
+            )

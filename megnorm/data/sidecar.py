@@ -3,11 +3,11 @@
 import json
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megnorm.data.atomic import write_atomic
 from megnorm.data.errors import DataError
+from megnorm.data.storage import Stored, find, pieces, require_local
 
 CHUNK = 16 << 20  # bytes
 SUFFIX = ".meta.json"
@@ -45,16 +45,21 @@ def write_sidecar(prefix: str, sums: Mapping[str, Summer], notes: Mapping[str, A
 
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """The record beside a data set; None where there is none (data written by other tools)."""
-    path = Path(prefix + SUFFIX)
-    if not path.is_file():
+    path = prefix + SUFFIX
+    file = find(path)
+    if file is None:
         return None
+    content = file.read(0, file.size)
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
+        record: dict[str, Any] = json.loads(content)
         if record["format"] != 1 or not isinstance(record["files"], dict):
             raise ValueError("unknown format")
+        if not isinstance(record["chunk_bytes"], int) or record["chunk_bytes"] < 1:
+            raise ValueError("no chunk size")
         for name in ("bin", "idx"):
-            if not isinstance(record["files"][name]["bytes"], int):
-                raise ValueError("no byte counts")
+            entry = record["files"][name]
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["crc32"], list):
+                raise ValueError("no byte counts or checksums")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a record of checksums ({error}); delete it and run megnorm data verify --write."
@@ -67,31 +72,36 @@ def verify(prefix: str) -> int:
     record = read_sidecar(prefix)
     if record is None:
         raise DataError(f"{prefix}{SUFFIX} not found: there are no checksums; megnorm data verify --write makes them.")
-    count = 0
+    count, chunk = 0, int(record["chunk_bytes"])
     for name in ("idx", "bin"):
-        path, entry = Path(f"{prefix}.{name}"), record["files"][name]
-        found = path.stat().st_size
-        if found != entry["bytes"]:
-            raise DataError(f"{path}: has {found} bytes, {entry['bytes']} were written; copy it again.")
-        with open(path, "rb") as file:
-            for place, wanted in enumerate(entry["crc32"]):
-                start = place * record["chunk_bytes"]
-                if f"{zlib.crc32(file.read(record['chunk_bytes'])):08x}" != wanted:
-                    raise DataError(f"{path}: bytes from {start} on differ from what was written; copy the file again.")
-                count += 1
-            if file.read(1):
+        path, entry = f"{prefix}.{name}", record["files"][name]
+        file = _open(path)
+        if file.size != entry["bytes"]:
+            raise DataError(f"{path}: has {file.size} bytes, {entry['bytes']} were written; copy it again.")
+        if len(entry["crc32"]) != -(-file.size // chunk):
+            raise DataError(f"{prefix}{SUFFIX}: has not as many checksums as {path} has chunks; copy it again.")
+        for place, (part, wanted) in enumerate(zip(pieces(file, chunk), entry["crc32"], strict=True)):
+            if f"{zlib.crc32(part):08x}" != wanted:
                 raise DataError(
-                    f"{prefix}{SUFFIX}: lacks checksums for the end of {path}; run megnorm data verify --write."
+                    f"{path}: bytes from {place * chunk} on differ from what was written; copy the file again."
                 )
+            count += 1
     return count
 
 
 def sum_files(prefix: str) -> dict[str, Summer]:
     """Checksums of the files as they are now."""
+    require_local(prefix)
     sums = {}
     for name in ("bin", "idx"):
         sums[name] = Summer()
-        with open(f"{prefix}.{name}", "rb") as file:
-            while content := file.read(CHUNK):
-                sums[name].update(content)
+        for part in pieces(_open(f"{prefix}.{name}"), CHUNK):
+            sums[name].update(part)
     return sums
+
+
+def _open(path: str) -> Stored:
+    file = find(path)
+    if file is None:
+        raise DataError(f"{path} not found: copy the data again.")
+    return file

@@ -1,32 +1,15 @@
 """What is done to a row of tokens for each task; pure functions of the row and a random stream."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.random import RandomState
 from numpy.typing import NDArray
 
+from megnorm.data.config import MaskConfig
 from megnorm.data.errors import DataError
 
 Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Masked language modelling. probability: share of tokens to predict.
-
-    unit: what is chosen at once: a token, a whole word, or a span of whole words (geometric lengths of mean_span, at most
-    longest_span). keep, swap: shares of the chosen tokens that stay or become random; the others become the mask token.
-    """
-
-    probability: float = 0.15
-    unit: Literal["token", "word", "span"] = "token"
-    keep: float = 0.1
-    swap: float = 0.1
-    mean_span: float = 3.0
-    longest_span: int = 10
 
 
 def mask(
@@ -46,7 +29,7 @@ def mask(
     starts = np.flatnonzero(free)
     if config.unit != "token":
         if begins_word is None:
-            raise DataError(f"unit {config.unit!r} needs a tokenizer that tells where words begin.")
+            raise DataError(f"data.mask.unit={config.unit} needs a tokenizer that tells where words begin.")
         after_gap = np.append(True, ~free[:-1])
         starts = np.flatnonzero(free & (begins_word[row] | after_gap))
     stops = np.append(starts[1:], len(row))

@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def token_id(self, name: str) -> int | None: ...
 
 
 def flatten(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -65,6 +66,10 @@ class HuggingFace:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=False))
 
+    def token_id(self, name: str) -> int | None:
+        number: int | None = self.inner.token_to_id(name)
+        return number
+
 
 class SentencePiece:
     """The ``sentencepiece`` library (extra "data")."""
@@ -84,6 +89,10 @@ class SentencePiece:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids)))
+
+    def token_id(self, name: str) -> int | None:
+        number = int(self.inner.piece_to_id(name))
+        return number if self.inner.id_to_piece(number) == name else None
 
 
 class Tiktoken:
@@ -109,6 +118,9 @@ class Tiktoken:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids)))
 
+    def token_id(self, name: str) -> int | None:
+        return int(self.inner.encode_single_token(name)) if name in self.inner.special_tokens_set else None
+
 
 class Bytes:
     """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
@@ -122,6 +134,9 @@ class Bytes:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        return None  # bytes have no names
 
 
 def load(path: str, *, eod: str | None = None) -> Tokenizer:
@@ -166,6 +181,11 @@ def files_of(path: str) -> list[Path]:
         f"{path}: no tokenizer there: give a tokenizer.json, a folder that holds one, a SentencePiece .model file, or "
         "make one with megnorm tokenizer train."
     )
+
+
+def is_there(path: str) -> bool:
+    """Is something at the path, or is it a name that needs no file?"""
+    return path == "bytes" or path.startswith("tiktoken:") or Path(path).exists()
 
 
 def fingerprint(path: str) -> dict[str, str]:

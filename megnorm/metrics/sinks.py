@@ -35,16 +35,22 @@ class Sinks:
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         self._sinks: list[Sink] = []
-        if rank != 0:
+        self._config, self._folder, self._total, self._rank = config, folder, total_steps, rank
+        self._run_config = run_config
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        config, folder = self._config, self._folder
+        if self._rank != 0:
             return
         self._sinks.append(Writer(folder / FILE, after=resume_step))
         if config.tensorboard:
             self._sinks.append(_TensorBoard(folder / "tensorboard", resume_step))
         if config.wandb:
-            self._sinks.append(_WandB(config, folder, run_config))
+            self._sinks.append(_WandB(config, folder, self._run_config))
         if config.progress:
             bar = sys.stderr.isatty()
-            self._sinks.append((_Bar if bar else _Lines)(total_steps, resume_step, sys.stderr))
+            self._sinks.append((_Bar if bar else _Lines)(self._total, resume_step, sys.stderr))
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Log the values of ``step``; call it once a logged step, with everything that there is to say about it."""
@@ -52,6 +58,11 @@ class Sinks:
             numbers = {name: float(value) for name, value in values.items()}
             for sink in self._sinks:
                 sink.log(step, numbers)
+
+    def rewind(self, step: int) -> None:
+        """Go on behind an earlier ``step``: the record of later ones is dropped, as at a resume."""
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -16,13 +16,10 @@ def global_norm(pieces: Sequence[Piece], mesh: Mesh, *, sharded: bool) -> Tensor
     pieces: what this rank updates; slices held by several ranks are counted by their owner. sharded: pieces of the ranks
     of the dp axis differ (ZeRO-1).
     """
-    norms = torch._foreach_norm([piece.grad for piece in pieces if piece.named.matrix.owner])
-    device = mesh.device
-    total = (
-        torch.stack([norm.double() for norm in norms]).square().sum()
-        if norms
-        else torch.zeros((), dtype=torch.double, device=device)
-    )
+    total = torch.zeros((), dtype=torch.double, device=mesh.device)
+    owned = [piece.grad for piece in pieces if piece.named.matrix.owner]
+    if owned:  # a rank's range may hold nothing but slices that others own
+        total += torch.stack([norm.double() for norm in torch._foreach_norm(owned)]).square().sum()
     for axis in (mesh.tp, mesh.pp, *((mesh.dp,) if sharded else ())):
         all_reduce(total, axis)
     return total.sqrt()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.parallel.mesh import Axis
+from megnorm.parallel.recorder import RECORDER
 
 T = TypeVar("T")
 
@@ -23,7 +24,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Sum (or other reduction) of x over the axis, in place; no gradient."""
     if axis.size > 1:
+        RECORDER.begin("all_reduce", axis.name, x.nbytes)
         dist.all_reduce(x, op=op, group=axis.group)
+        RECORDER.end()
     return x
 
 
@@ -32,7 +35,9 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    RECORDER.begin("all_gather", axis.name, out.nbytes)
     _all_gather(out, x.contiguous(), group=axis.group)
+    RECORDER.end()
     return out
 
 
@@ -41,8 +46,17 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    RECORDER.begin("reduce_scatter", axis.name, x.nbytes)
     _reduce_scatter(out, x.contiguous(), group=axis.group)
+    RECORDER.end()
     return out
+
+
+def wait_for(work: dist.Work, what: str, axis: str, size: int) -> None:
+    """Wait for a collective or message under way. size: its bytes."""
+    RECORDER.begin(what, axis, size)
+    work.wait()
+    RECORDER.end()
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> dist.Work | None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megnorm.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megnorm.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait_for
 from megnorm.parallel.layout import Named, Piece, layout_of, named_matrices, reduce_replicated_grads
 from megnorm.parallel.mesh import Mesh
 
@@ -222,7 +222,8 @@ class DataParallel:
         for bucket in self.buckets:
             bucket.expected = False
             if bucket.work is not None:
-                bucket.work.wait()
+                size = (bucket.stop - bucket.start) * self.grads.itemsize
+                wait_for(bucket.work, "gradient sum", "dp", size)
             if bucket.part is not None:
                 self.grads[slice(*bucket.own)] = bucket.part
             bucket.work = bucket.part = None
@@ -266,7 +267,7 @@ class DataParallel:
 
 def _wait(bucket: Bucket) -> None:
     if bucket.gathering is not None:
-        bucket.gathering.wait()
+        wait_for(bucket.gathering, "weight gather", "dp", bucket.stop - bucket.start)
         bucket.gathering = None
 
 

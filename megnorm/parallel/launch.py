@@ -134,8 +134,7 @@ def init(where: World, device: torch.device, timeout: float) -> None:
     for key in ("MASTER_ADDR", "MASTER_PORT"):
         if key not in os.environ:
             raise ValueError(f"{where.size} ranks, but {key} is not set; use the launchers in scripts/ or set it")
-    # With torchrun the store usually belongs to its agent, and outlives the ranks that it restarts.
-    outlives = where.source == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    outlives = _agents_store(where)
     limit = timedelta(seconds=timeout)
     store: Store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -148,6 +147,24 @@ def init(where: World, device: torch.device, timeout: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     prefixed = PrefixStore(f"megnorm/attempt{attempt}", store)
     dist.init_process_group(backend, store=prefixed, rank=where.rank, world_size=where.size, timeout=limit)
+
+
+def _agents_store(where: World) -> bool:
+    """With torchrun the store usually belongs to its agent, and outlives the ranks that it restarts."""
+    return where.source == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def own_store(where: World, timeout: float) -> tuple[Store | None, int | None]:
+    """(another client of the store in which the ranks met, for keys of this start alone; the rank that keeps it).
+
+    None, None for one process; no rank keeps a store of torchrun's agent. Collective.
+    """
+    if where.size == 1:
+        return None, None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    start = from_rank_zero(lambda: uuid.uuid4().hex)
+    return PrefixStore(f"megnorm/{start}", store), None if _agents_store(where) else 0
 
 
 def agree_on_attempt(store: Store, rank: int, size: int, timeout: float) -> int:

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megnorm.parallel.collectives import wait_for
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.schedule import Action, Schedule
 
 AHEAD = 2  # receives that are posted before their action is due
+BEHIND = 4  # messages of forwards alone that may be on their way
 
 
 class Stage(Protocol):
@@ -108,19 +110,35 @@ class _Messages:
         self.stage = next(iter(stages.values()))
         self.due = deque(action for action in actions if schedule.source(action) is not None)
         self.posted: dict[Action, tuple[Tensor, dist.Work]] = {}
-        self.sent: list[tuple[Tensor, dist.Work]] = []
+        self.sent: dict[Action, tuple[Tensor, dist.Work]] = {}  # by the action that takes it
+        self.backward = any(action.kind == "B" for action in actions)
+        senders = {schedule.placement[source.stage] for source in map(schedule.source, self.due) if source is not None}
+        self.order = {action: i for rank in senders for i, action in enumerate(schedule.actions[rank])}
 
     def receive(self, action: Action) -> Tensor | None:
         """What the action needs of another rank; posts the receives of the actions behind it."""
         while self.due and len(self.posted) < AHEAD:
             self._post(self.due.popleft())
-        if self.schedule.source(action) is None:
+        source = self.schedule.source(action)
+        if source is None:
             return None
         message, work = self.posted.pop(action)
         if self.due:
             self._post(self.due.popleft())
-        work.wait()
+        wait_for(work, f"receive {source}", "pp", message.nbytes)
+        self._free(source)
         return message
+
+    def _free(self, source: Action) -> None:
+        """Let go of messages whose receiver has since run ``source``, and so has them. (Work on gloo never tells.)"""
+        rank = self.schedule.placement[source.stage]
+        for target in list(self.sent):
+            if self.schedule.placement[target.stage] == rank and self.order[target] < self.order[source]:
+                self._wait(target)
+
+    def _wait(self, target: Action) -> None:
+        message, work = self.sent.pop(target)
+        wait_for(work, f"send for {target}", "pp", message.nbytes)
 
     def _post(self, action: Action) -> None:
         source = self.schedule.source(action)
@@ -141,8 +159,10 @@ class _Messages:
         group = self._group(action.kind, self.mesh.pp.rank)
         work = dist.isend(message, group_dst=rank, group=group, tag=self._tag(target))
         assert work is not None
-        self.sent = [(tensor, old) for tensor, old in self.sent if not old.is_completed()]
-        self.sent.append((message, work))
+        self.sent[target] = message, work
+        # Where nothing comes back that would tell, a fast rank waits for slower ones behind it.
+        if not self.backward and len(self.sent) > BEHIND:
+            self._wait(next(iter(self.sent)))
 
     def _tag(self, action: Action) -> int:
         """One number for every message of a step."""
@@ -153,9 +173,8 @@ class _Messages:
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
-        for _, work in self.sent:
-            work.wait()
-        self.sent = []
+        for target in list(self.sent):
+            self._wait(target)
 
 
 def _open_lanes(mesh: Mesh) -> None:

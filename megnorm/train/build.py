@@ -8,6 +8,7 @@ import torch
 
 from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
+from megnorm.data.choose import open_split
 from megnorm.data.loader import Loader
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
@@ -17,10 +18,12 @@ from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
+from megnorm.parallel.layout import Named, named_matrices
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
+from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -36,13 +39,14 @@ class Samples(Protocol):
 class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
-    stages: of this rank, by global index. pipeline: runs them. flat: their weights and gradients, and the pieces of
-    them that it updates.
+    stages: of this rank, by global index. named: their logical matrices. pipeline: runs them. flat: their weights and
+    gradients, and the pieces of them that it updates.
     """
 
     plan: Plan
     mesh: Mesh
     stages: dict[int, CausalLM]
+    named: list[Named]
     pipeline: Pipeline
     rng: DropoutRng
     flat: DataParallel
@@ -55,6 +59,7 @@ class Run:
     consumed: int = 0
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
+    guard: Guard = field(default_factory=Guard)
 
 
 def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:
@@ -74,6 +79,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         plan,
         mesh,
         stages,
+        list(named_matrices(*stages.values())),
         Pipeline(stages, mesh),
         rng,
         flat,
@@ -90,6 +96,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         train_data,
         valid_data,
         barrier=own_barrier(),
+        guard=Guard(config.train.guard),
     )
 
 
@@ -130,9 +137,14 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
             vocab_multiple=config.parallel.vocab_multiple,
             layers=plan.stages[index],
         )
-        for index in range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
+        for index in own_stages(plan, mesh)
     }
     return stages, rng
+
+
+def own_stages(plan: Plan, mesh: Mesh) -> range:
+    """The global indices of this rank's stages."""
+    return range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
 
 
 def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParallel:
@@ -148,15 +160,18 @@ def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParal
     )
 
 
-def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None) -> Loader:
-    """The loader of a split; state: of the checkpoint that the run continues."""
+def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Loader:
+    """The loader of a split; state: of the checkpoint that the run continues, after ``done`` steps."""
     config, t = plan.config, plan.config.train
-    return Loader(
+    used = 0 if state is None else state["samples"]
+    loader = open_split(
         config.data,
         split,
         sequence_length=t.sequence_length,
         seed=t.seed,
         vocab_size=config.model.vocab_size,
-        samples=t.consumed_after(t.steps) if split == "train" else t.eval_batches * t.global_batch,
+        samples=t.consumed_after(t.steps - done, used) if split == "train" else used + t.eval_batches * t.global_batch,
         state=state,
     )
+    assert isinstance(loader, Loader)  # the plan refuses a task that the model cannot use
+    return loader

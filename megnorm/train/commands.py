@@ -14,6 +14,7 @@ from megnorm.kernels import backends, check, libraries, registry
 from megnorm.parallel.schedule import simulate
 from megnorm.parallel.schedule_text import draw
 from megnorm.plan import Plan, make_plan
+from megnorm.train import dryrun
 from megnorm.train.build import DTYPES
 
 OPTIONAL = {
@@ -22,6 +23,7 @@ OPTIONAL = {
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
     "zstandard": ".zst input (megnorm[data])",
+    "fsspec": "token files in object stores (megnorm[remote])",
 }
 
 
@@ -29,11 +31,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "What a config would run on a number of ranks; starts nothing."
     parser.add_argument("--config", type=Path, help="YAML file")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default 1)")
+    parser.add_argument("--memory", action="store_true", help="count weights, gradients and optimizer state by rank")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    print(describe(make_plan(configs.load(args.config, args.overrides), args.ranks)))
+    plan = make_plan(configs.load(args.config, args.overrides), args.ranks)
+    print(describe(plan))
+    if args.memory:
+        print("\n".join(dryrun.table(plan)))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Options of a run: length, batch, precision, what happens when."""
+"""Options of a run: length, batch, precision, what happens when, and what is done about faults."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +25,87 @@ class BatchRamp:
             if value is not None and value < 1:
                 raise ValueError(f"train.batch_ramp.{name} is {value}; it must be at least 1")
 
+    def problem(self, whole: int, unit: int, what: str) -> str | None:
+        """What is wrong with a climb to ``whole`` sequences by multiples of ``unit``, which is made of ``what``; or None."""
+        if self.start is None or self.increment is None:
+            return None
+        if self.start >= whole:
+            return (
+                f"train.batch_ramp.start={self.start} is not below train.global_batch={whole}, to which it climbs; use a "
+                "smaller one, or train.batch_ramp=null"
+            )
+        for key, value in (("start", self.start), ("increment", self.increment)):
+            if value % unit:
+                near = sorted({value // unit * unit, -(-value // unit) * unit} - {0})
+                return f"train.batch_ramp.{key}={value} is not a multiple of {what}; use {' or '.join(map(str, near))}"
+        climb = whole - self.start
+        if climb % self.increment:
+            fitting = [n for n in range(unit, climb + 1, unit) if climb % n == 0]
+            near = [n for n in fitting if n < self.increment][-1:] + [n for n in fitting if n > self.increment][:1]
+            return (
+                f"train.batch_ramp.increment={self.increment} does not lead from start={self.start} to train.global_batch="
+                f"{whole}; use {' or '.join(map(str, near))}"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done where a loss or gradient is not finite (on_nonfinite), or far above those before it (on_spike).
+
+    stop: end the run. skip: leave this update out, at most max_skips in a row. rewind: go on from the last checkpoint, at
+    most max_rewinds times. Nothing is saved of such a step.
+    spike_factor: a spike lies this many robust deviations (of the last spike_window good steps) above their median.
+    rewind_data: after a rewind leave out the samples up to the bad step (skip), or take the same again (repeat).
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    on_spike: Literal["off", "stop", "skip", "rewind"] = "off"
+    spike_factor: float = 10.0
+    spike_window: int = 64
+    max_skips: int = 10
+    max_rewinds: int = 3
+    rewind_data: Literal["skip", "repeat"] = "skip"
+
+    def __post_init__(self) -> None:
+        _at_least("train.guard", self, spike_factor=1.0, spike_window=4, max_skips=1, max_rewinds=1)
+
+    @property
+    def rewinds(self) -> bool:
+        return "rewind" in (self.on_nonfinite, self.on_spike)
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """timeout: seconds without progress after which a rank counts as hung, or factor x the median step if that is longer;
+    until five steps are done it is parallel.timeout, around checkpoints an hour. 0: no watchdog.
+    slow: name a rank whose own work takes this many times the median rank's; 0: do not.
+    """
+
+    timeout: float = 60.0
+    factor: float = 10.0
+    slow: float = 2.0
+
+    def __post_init__(self) -> None:
+        _at_least("train.watchdog", self, timeout=0.0, factor=1.0, slow=0.0)
+        if 0.0 < self.slow <= 1.0:
+            raise ValueError(f"train.watchdog.slow is {self.slow}; set it above 1, or to 0 for no such warning")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """trace: [a, b]: torch's profiler records the steps a to b - 1. flight_recorder: write the last collectives when the run
+    ends, not only when it hangs. memory_snapshot: record CUDA's allocations. All go to the folder profile of train.out.
+    """
+
+    trace: tuple[int, int] | None = None
+    flight_recorder: bool = False
+    memory_snapshot: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trace is not None and not 1 <= self.trace[0] < self.trace[1]:
+            raise ValueError(f"train.profile.trace is {list(self.trace)}; set it to [a, b] with 1 <= a < b")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -39,6 +120,7 @@ class TrainConfig:
     each block's input), or any of "attention" (all between the GEMMs of attention), "norms" (outputs of norms and head
     scales), "activations" (of the FFN), "projections" (outputs of W_o and W_down where a norm or a learned factor reads
     them: a GEMM each). recompute_blocks: only in the first n blocks of each pipeline stage; None: in all.
+    check_replicas_every: steps between comparisons of what several ranks hold, made before every save too; 0: never.
     """
 
     out: str = "runs/run"
@@ -56,6 +138,10 @@ class TrainConfig:
     stop_after: int | None = None
     recompute: tuple[Literal["block", "attention", "norms", "activations", "projections"], ...] = ()
     recompute_blocks: int | None = None
+    check_replicas_every: int = 0
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def batch_at(self, consumed: int) -> int:
         """Sequences of the step that begins when ``consumed`` samples are used."""
@@ -70,3 +156,11 @@ class TrainConfig:
         while steps and self.batch_at(consumed) != self.global_batch:
             consumed, steps = consumed + self.batch_at(consumed), steps - 1
         return consumed + steps * self.global_batch
+
+
+def _at_least(section: str, config: object, **least: float) -> None:
+    """``not >=`` refuses NaN too."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not value >= low:
+            raise ValueError(f"{section}.{name} is {value}; set it to {low:g} or more")

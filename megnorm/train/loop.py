@@ -6,12 +6,19 @@ from megnorm.checkpoint.saver import Saver
 from megnorm.metrics.sinks import Sinks
 from megnorm.metrics.throughput import flops_per_token, mfu, peak_flops
 from megnorm.train import state
+from megnorm.train.agree import agreed
 from megnorm.train.build import DTYPES, Run
-from megnorm.train.signals import EXIT_STOPPED, StopRequest, agreed
-from megnorm.train.step import DivergedError, StepResult, evaluate, train_step
+from megnorm.train.guard import DivergedError, RewindError
+from megnorm.train.profile import Profile
+from megnorm.train.replicas import check_replicas
+from megnorm.train.rewind import rewind
+from megnorm.train.signals import EXIT_STOPPED, StopRequest
+from megnorm.train.slow import Slow
+from megnorm.train.step import StepResult, evaluate, train_step
+from megnorm.train.watchdog import Watchdog
 
 
-def fit(run: Run, saver: Saver, sinks: Sinks) -> int:
+def fit(run: Run, saver: Saver, sinks: Sinks, watchdog: Watchdog, profile: Profile) -> int:
     """Train until ``train.steps``, a signal, or ``train.stop_after``; the exit code: 0, or EXIT_STOPPED where steps remain."""
     t, every = run.plan.config.train, run.plan.config.checkpoint.every
     stop, pace = StopRequest(), Pace(run)
@@ -19,10 +26,19 @@ def fit(run: Run, saver: Saver, sinks: Sinks) -> int:
     stopped = False
     while run.step < last and not stopped:
         try:
-            result = train_step(run)
-        except DivergedError:
-            saver.wait()  # all ranks are here: let the save under way, which needs them all, be finished
-            raise
+            with watchdog.step(run.step + 1), profile.step(run.step + 1):
+                result = train_step(run)
+            if t.check_replicas_every and run.step % t.check_replicas_every == 0:
+                _check_replicas(run)
+        except DivergedError as error:
+            with watchdog.patient("waiting for a checkpoint"):
+                saver.wait()  # all ranks are here: let the save under way, which needs them all, be finished
+                if not isinstance(error, RewindError):
+                    raise
+                rewind(run, saver, error)
+            sinks.rewind(run.step)
+            pace.restart()
+            continue
         failed, stopped = agreed([saver.failed, stop.asked], run.mesh)
         if failed:
             saver.wait()  # raises the reason where the background save failed
@@ -37,9 +53,19 @@ def fit(run: Run, saver: Saver, sinks: Sinks) -> int:
         if values:
             sinks.log(run.step, values)
         if ended or (every and run.step % every == 0):
-            save(run, saver, values.get("valid_loss"))
-    saver.wait()
+            with watchdog.patient("at a checkpoint"):
+                if t.check_replicas_every:
+                    saver.wait()  # which save does anyway: if a copy differs, the save before it is not cut off
+                    _check_replicas(run)
+                save(run, saver, values.get("valid_loss"))
+    with watchdog.patient("waiting for the last checkpoint"):
+        saver.wait()
     return 0 if run.step == t.steps else EXIT_STOPPED
+
+
+def _check_replicas(run: Run) -> None:
+    run.flat.wait_weights()
+    check_replicas(run.named, run.mesh, run.step)
 
 
 def save(run: Run, saver: Saver, score: float | None = None) -> None:
@@ -56,13 +82,16 @@ class Pace:
         self.run = run
         self.flops = flops_per_token(config.model, config.train.sequence_length)
         self.peak = peak_flops(run.mesh.device, DTYPES[config.train.precision]) * run.mesh.size
+        self.slow = Slow(run.mesh, config.train.watchdog.slow)
         self.restart()
 
     def restart(self) -> None:
         self.begin, self.sequences = time.perf_counter(), 0
+        self.slow.restart()
 
     def add(self, result: StepResult) -> None:
         self.sequences += result.sequences
+        self.slow.add()
 
     def values(self, result: StepResult) -> dict[str, float]:
         """The record of a step; starts the next interval."""
@@ -77,11 +106,9 @@ class Pace:
             "tokens": self.run.consumed * t.sequence_length,
             "tokens_per_second": rate,
             "mfu": mfu(rate, self.flops, self.peak),
-            **(
-                {"loss_scale": self.run.scale.scale, "skipped": float(result.skipped)}
-                if self.run.scale.scale != 1.0
-                else {}
-            ),
+            **({"loss_scale": self.run.scale.scale} if self.run.scale.scale != 1.0 else {}),
+            **({"skipped": float(result.skipped)} if self.run.scale.scale != 1.0 or result.skipped else {}),
             **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * t.sequence_length}),
+            **self.slow.values(),
             **result.probes,
         }

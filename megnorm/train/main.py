@@ -21,11 +21,15 @@ from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, from_json
 from megnorm.parallel import launch
 from megnorm.plan import Plan, PlanError, make_plan
-from megnorm.train import state
+from megnorm.train import profile, state
+from megnorm.train.agree import gathered
 from megnorm.train.build import Run, build
+from megnorm.train.guard import DivergedError
+from megnorm.train.hang import Identity
 from megnorm.train.loop import fit
+from megnorm.train.memory import MemoryEndedError, remedied
 from megnorm.train.signals import EXIT_STOPPED
-from megnorm.train.step import DivergedError
+from megnorm.train.watchdog import Watchdog
 
 log = logging.getLogger("megnorm")
 MAY_CHANGE = ("dropout", "attention_dropout", "init")  # of ModelConfig, when a run goes on
@@ -56,7 +60,7 @@ def run_train(args: argparse.Namespace) -> int:
     )
     try:
         return _train(args, where)
-    except (ValueError, DivergedError) as error:
+    except (ValueError, DivergedError, MemoryEndedError) as error:
         if not _is_ours(error):
             print(f"megnorm train: rank {where.rank} failed:", file=sys.stderr)
             traceback.print_exc()
@@ -68,7 +72,7 @@ def run_train(args: argparse.Namespace) -> int:
             print(f"megnorm train: {who}{error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1.0)
-        return 1 if isinstance(error, DivergedError) else 2
+        return 1 if isinstance(error, DivergedError | MemoryEndedError) else 2
     except Exception:
         print(f"megnorm train: rank {where.rank} failed:", file=sys.stderr)
         traceback.print_exc()
@@ -81,9 +85,15 @@ def run_train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, where: launch.World) -> int:
     config = configs.load(args.config, args.overrides)
     make_plan(config, where.size)
+    with remedied(config.train):
+        return _run(args, config, where)
+
+
+def _run(args: argparse.Namespace, config: configs.RunConfig, where: launch.World) -> int:
     launch.set_threads(where, config.train.threads)
     torch.manual_seed(config.train.seed)
     device = launch.device_of(where)
+    profile.prepare(config.train, device)
     launch.init(where, device, config.parallel.timeout)
     folder = Path(config.train.out) / "checkpoints"
     found = launch.from_rank_zero(lambda: io.latest(folder) if folder.is_dir() else None)
@@ -118,13 +128,29 @@ def _is_ours(error: BaseException) -> bool:
 def _fit(run: Run, where: launch.World) -> int:
     config = run.plan.config
     out = Path(config.train.out)
-    saver = Saver(config.checkpoint, out / "checkpoints", rank=where.rank, world=where.size, barrier=run.barrier)
     total, resume = config.train.steps, run.step
     plain = configs.to_dict(config)
-    with Sinks(config.metrics, out, total, resume_step=resume, rank=where.rank, run_config=plain) as sinks:
+    with (
+        Saver(config.checkpoint, out / "checkpoints", where.rank, where.size, run.barrier) as saver,
+        Sinks(config.metrics, out, total, resume_step=resume, rank=where.rank, run_config=plain) as sinks,
+        profile.Profile(config.train, where.rank) as profiler,
+        _watchdog(run, where) as watchdog,
+    ):
         if where.rank == 0:
             configs.save(config, out / "config.yaml")
-        return fit(run, saver, sinks)
+        return fit(run, saver, sinks, watchdog, profiler)
+
+
+def _watchdog(run: Run, where: launch.World) -> Watchdog:
+    config = run.plan.config
+    wanted = config.train.watchdog.timeout > 0.0
+    store, keeper = launch.own_store(where, config.parallel.timeout) if wanted else (None, None)
+    people = [Identity(**one) for one in gathered(vars(Identity.mine(where.rank)), run.mesh)]
+    folder = Path(config.train.out) / "crash"
+    return Watchdog(
+        config.train.watchdog, rank=where.rank, people=people, store=store, keeper=keeper,
+        patience=config.parallel.timeout, folder=folder,
+    )  # fmt: skip
 
 
 def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | None) -> Resolved:

@@ -13,6 +13,7 @@ from megnorm.checkpoint import io
 from megnorm.checkpoint.shard import Shard
 from megnorm.config import to_dict
 from megnorm.parallel.layout import Piece
+from megnorm.train import report
 from megnorm.train.build import Run, open_data
 
 log = logging.getLogger("megnorm")
@@ -39,9 +40,11 @@ def meta(run: Run) -> dict[str, Any]:
     """The record beside the tensors: enough to repeat, continue or export the run."""
     return {
         "step": run.step,
+        "ranks": run.plan.world,
         "consumed_samples": run.consumed,
         "updates": run.updates,
         "loss_scale": {"scale": run.scale.scale, "good": run.scale.good},
+        "guard": run.guard.state(),
         "data": run.train_data.state(run.consumed),
         "config": to_dict(run.plan.config),
         "resolved": run.plan.resolved.to_json(),
@@ -55,14 +58,17 @@ def resume(run: Run, folder: Path) -> Path:
         folder, shards(run, owned=False), agree=_agreement(run), verify=config.verify, threads=config.threads
     )
     assert loaded is not None, "the caller has seen a checkpoint"
-    path, record = loaded
+    record = loaded.meta
     run.step, run.consumed, run.updates = record["step"], record["consumed_samples"], record["updates"]
     if {run.plan.config.train.precision, record["config"]["train"]["precision"]} == {"fp16"}:
         run.scale.scale, run.scale.good = record["loss_scale"]["scale"], record["loss_scale"]["good"]
+    run.guard.load(record.get("guard", {}))
     run.optimizer.set_updates(run.updates)
     run.flat.publish()
-    run.train_data = open_data(run.plan, "train", record["data"])
-    return path
+    run.train_data = open_data(run.plan, "train", record["data"], run.step)
+    for line in report.lines(run.plan, loaded):
+        log.info("%s", line)
+    return loaded.path
 
 
 def start_from(run: Run, source: Path) -> None:

@@ -1,33 +1,31 @@
 """One optimizer step, and one evaluation."""
 
-import functools
+import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from megnorm.data.batch import Batch
 from megnorm.models.causal import Tokens
 from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
 from megnorm.parallel.collectives import all_reduce
-from megnorm.parallel.config import ParallelConfig
-from megnorm.parallel.schedule import Action, Schedule, forward_only, make_schedule
-from megnorm.train.build import Run, Samples
-from megnorm.train.config import TrainConfig
+from megnorm.train.build import Run
+from megnorm.train.diagnose import explain
+from megnorm.train.guard import Trouble
+from megnorm.train.passes import forward_backward, global_tokens, loss_sum, micro_batches, own_rows, repeat
 
-
-class DivergedError(RuntimeError):
-    """Loss or gradients are not finite; nothing of this step was applied."""
+log = logging.getLogger("megnorm")
 
 
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean over the step's tokens, in nats. sequences: of the step, over all ranks. tokens: that had a loss.
 
-    grad_norm: before clipping. skipped: fp16 overflowed and the update was left out. probes: by name, on probed steps.
+    grad_norm: before clipping. skipped: the update was left out (fp16 overflowed, or train.guard said so). probes: by
+    name, on probed steps.
     """
 
     loss: float
@@ -50,19 +48,11 @@ def train_step(run: Run) -> StepResult:
     config, step = run.plan.config, run.step + 1
     run.observer.begin(step)
     sequences = config.train.batch_at(run.consumed)
-    batch = _own_rows(run, run.train_data, run.consumed, sequences)
-    tokens = _global_tokens(run, batch)
+    batch = own_rows(run, run.train_data, run.consumed, sequences)
+    tokens = global_tokens(run, batch)
     parts = list(micro_batches(batch, config.train, run.mesh.device))
-    run.flat.zero()
-    set_training(run, True)
-
-    def before(action: Action, final: bool) -> None:
-        run.rng.begin(config.train.seed, step, action.micro_batch, run.mesh.dp.rank, run.mesh.tp.rank)
-        if final:
-            run.flat.expect(action.stage)
-
-    schedule = _schedule(config.parallel, len(parts))
-    total = run.pipeline.run(schedule, parts, weight=1.0 / tokens, scale=run.scale.scale, before=before)
+    total = forward_backward(run, parts, tokens)
+    local = total.clone()
     for axis in (run.mesh.pp, run.mesh.dp):
         all_reduce(total, axis)
     run.flat.finish()
@@ -70,83 +60,26 @@ def train_step(run: Run) -> StepResult:
         run.flat.scale_grads(1.0 / run.scale.scale)
     if run.observer.active:
         run.flat.gather_grads()
-    norm = float(global_norm(run.flat.pieces, run.mesh, sharded=run.flat.shard))
+    norm, loss = float(global_norm(run.flat.pieces, run.mesh, sharded=run.flat.shard)), float(total)
     run.observer.before_update()
-    finite = math.isfinite(norm)
+    # fp16 overflow is cured by a smaller loss scale, as long as there is one.
+    scaled = config.train.precision == "fp16" and run.scale.scale > 1.0
+    overflow = scaled and math.isfinite(loss) and not math.isfinite(norm)
+    trouble = None if overflow else run.guard.judge(loss, norm)
     lr = learning_rate(config.optim, run.updates + 1, config.train.steps)
-    if finite:
+    if trouble is not None:
+        _explain(run, trouble, float(local), parts, tokens)
+        run.guard.act(step, trouble, speak=run.mesh.rank == 0)
+    elif not overflow:
         _update(run, norm, lr)
-    elif config.train.precision != "fp16" or run.scale.scale <= 1.0 or not math.isfinite(float(total)):
-        # fp16 overflow is cured by a smaller loss scale, as long as there is one.
-        raise DivergedError(
-            f"step {step}: loss {float(total)}, gradient norm {norm}; nothing was saved. Lower optim.lr, lengthen "
-            "optim.warmup_steps or choose a more stable norm.scheme"
-        )
     if config.train.precision == "fp16":
-        run.scale.update(finite)
+        run.scale.update(math.isfinite(norm))
     run.step, run.consumed = step, run.consumed + sequences
     if run.observer.active:
         run.flat.wait_weights()
     probes = run.observer.collect()
-    return StepResult(float(total), sequences, tokens, norm, lr, time.perf_counter() - begin, not finite, probes)
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean loss in nats over the first ``eval_batches`` batches of the validation split; the same samples every time."""
-    assert run.valid_data is not None
-    config, mesh = run.plan.config, run.mesh
-    t = config.train
-    set_training(run, False)
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for i in range(t.eval_batches):
-        batch = _own_rows(run, run.valid_data, i * t.global_batch, t.global_batch)
-        parts = list(micro_batches(batch, t, mesh.device))
-        schedule = forward_only(config.parallel.pp, config.parallel.virtual_stages, len(parts))
-        loss = run.pipeline.run(schedule, parts)
-        sums += torch.stack([all_reduce(loss, mesh.pp), batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)])
-    all_reduce(sums, mesh.dp)
-    return float(sums[0] / sums[1].clamp_min(1.0))
-
-
-@functools.lru_cache(maxsize=64)
-def _schedule(parallel: ParallelConfig, micro_batches: int) -> Schedule:
-    return make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, micro_batches)
-
-
-def set_training(run: Run, mode: bool) -> None:
-    for stage in run.stages.values():
-        stage.train(mode)
-
-
-def micro_batches(batch: Batch, train: TrainConfig, device: torch.device) -> Iterator[Tokens]:
-    """The rows of a rank's batch, ``micro_batch`` sequences at a time; packed rows (b = 1) stand one behind the other."""
-    ends = None if batch.cu_seqlens is None else batch.cu_seqlens[1:].cpu()
-    dim, size = (1, train.micro_batch) if ends is None else (0, train.micro_batch * train.sequence_length)
-    batch = batch.to(device)
-    for first in range(0, batch.tokens.shape[dim], size):
-        length = min(size, batch.tokens.shape[dim] - first)
-        tokens, labels, mask = (x.narrow(dim, first, length) for x in (batch.tokens, batch.labels, batch.loss_mask))
-        positions = None if batch.positions is None else batch.positions.narrow(dim, first, length)
-        if ends is None:
-            yield Tokens(tokens, labels, mask, positions)
-            continue
-        inside = ends[(ends > first) & (ends <= first + length)]  # every row ends a document piece
-        yield Tokens(tokens, labels, mask, positions, tuple(inside.diff(prepend=inside.new_tensor([first])).tolist()))
-
-
-def _own_rows(run: Run, data: Samples, first_sample: int, sequences: int) -> Batch:
-    """This rank's rows of a global batch of ``sequences``; padding is never a label that counts."""
-    config, dp = run.plan.config, run.mesh.dp
-    batch = data.batch(first_sample, sequences, dp.rank, dp.size)
-    if config.model.padding_id is None:
-        return batch
-    return replace(batch, loss_mask=batch.loss_mask * (batch.labels != config.model.padding_id))
-
-
-def _global_tokens(run: Run, batch: Batch) -> int:
-    count = batch.loss_mask.sum(dtype=torch.float64).to(run.mesh.device)
-    return max(round(float(all_reduce(count, run.mesh.dp))), 1)
+    skipped = overflow or trouble is not None
+    return StepResult(loss, sequences, tokens, norm, lr, time.perf_counter() - begin, skipped, probes)
 
 
 def _update(run: Run, norm: float, lr: float) -> None:
@@ -156,3 +89,34 @@ def _update(run: Run, norm: float, lr: float) -> None:
     run.optimizer.step(lr)
     run.flat.publish()
     run.updates += 1
+
+
+def _explain(run: Run, trouble: Trouble, loss: float, parts: list[Tokens], tokens: int) -> None:
+    """Say on rank 0 where the trouble came from; collective. loss: this rank's part of it."""
+    t = run.plan.config.train
+    first = run.consumed + run.mesh.dp.rank * (t.batch_at(run.consumed) // run.mesh.dp.size)
+
+    def samples(micro_batch: int) -> tuple[int, int]:
+        begin = first + micro_batch * t.micro_batch
+        return begin, begin + t.micro_batch - 1
+
+    run.flat.gather_grads()
+    again = partial(repeat, run, parts, tokens)
+    stages = list(run.stages.values())
+    words = explain(trouble, stages, run.named, run.mesh, local_loss=loss, samples=samples, again=again)
+    if run.mesh.rank == 0:
+        log.error("step %d: %s: %s", run.step + 1, trouble.text, words)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss in nats over the first ``eval_batches`` batches of the validation split; the same samples every time."""
+    assert run.valid_data is not None
+    t, mesh = run.plan.config.train, run.mesh
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for i in range(t.eval_batches):
+        batch = own_rows(run, run.valid_data, i * t.global_batch, t.global_batch)
+        tokens = batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)
+        sums += torch.stack([loss_sum(run, list(micro_batches(batch, t, mesh.device))), tokens])
+    all_reduce(sums, mesh.dp)
+    return float(sums[0] / sums[1].clamp_min(1.0))

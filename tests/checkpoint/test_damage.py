@@ -135,7 +135,8 @@ def test_resume_passes_over_damage(tmp_path: Path, caplog: pytest.LogCaptureFixt
         io.save(tmp_path, step, whole(state(step)), {"step": step})
     flip(tmp_path / "step-00000002" / "rank-00000-00000.safetensors", -1, 0)
     loaded = blank(state())
-    assert io.resume(tmp_path, whole(loaded)) == (tmp_path / "step-00000001", {"step": 1})
+    found = io.resume(tmp_path, whole(loaded))
+    assert found == io.Resumed(tmp_path / "step-00000001", {"step": 1}, 3, 6 * 5 * 4 + 7 * 2 + 8, True)
     assert same(loaded, state(1))
     assert "passing over checkpoint step-00000002" in caplog.text
     answers = iter([False, True])  # another rank cannot load the newest
@@ -151,17 +152,32 @@ def test_resume_passes_over_damage(tmp_path: Path, caplog: pytest.LogCaptureFixt
 Edit = Callable[[dict[str, Any]], None]
 
 
-def _first(manifest: dict[str, Any]) -> dict[str, Any]:
-    piece: dict[str, Any] = manifest["tensors"]["w"]["slices"][0]
-    return piece
+def _slices(manifest: dict[str, Any]) -> dict[str, list[Any]]:
+    """By file, of the one tensor."""
+    slices: dict[str, list[Any]] = manifest["tensors"]["w"]["slices"]
+    return slices
+
+
+def _row(place: int, value: Any) -> Edit:
+    """A value of the one slice: 0 offset, 1 shape, 2 first byte, 3 sums."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        (rows,) = _slices(manifest).values()
+        rows[0][place] = value
+
+    return edit
 
 
 def _rename(name: str) -> Edit:
     def edit(manifest: dict[str, Any]) -> None:
         manifest["files"] = {name: next(iter(manifest["files"].values()))}
-        _first(manifest)["file"] = name
+        manifest["tensors"]["w"]["slices"] = {name: next(iter(_slices(manifest).values()))}
 
     return edit
+
+
+def _unlisted(manifest: dict[str, Any]) -> None:
+    manifest["tensors"]["w"]["slices"] = {"rank-00009-00000.safetensors": next(iter(_slices(manifest).values()))}
 
 
 MALICE: dict[str, Edit] = {
@@ -169,16 +185,19 @@ MALICE: dict[str, Edit] = {
     "absolute": _rename("/etc/passwd"),
     "nested": _rename("a/rank-00000-00000.safetensors"),
     "nul": _rename("rank-00000-00000.safetensors\0"),
-    "unlisted": lambda m: _first(m).update(file="rank-00009-00000.safetensors"),
-    "beyond the end": lambda m: _first(m).update(start=10**9),
-    "into the header": lambda m: _first(m).update(start=0),
-    "negative": lambda m: _first(m).update(start=-8),
-    "float": lambda m: _first(m).update(start=128.0),
-    "boolean": lambda m: _first(m).update(offset=[True, 0]),
-    "outside the tensor": lambda m: _first(m).update(offset=[3, 0]),
+    "unlisted": _unlisted,
+    "beyond the end": _row(2, 10**9),
+    "into the header": _row(2, 0),
+    "negative": _row(2, -8),
+    "float": _row(2, 128.0),
+    "boolean": _row(0, [True, 0]),
+    "outside the tensor": _row(0, [3, 0]),
+    "few checksums": _row(3, []),
+    "checksums that are none": _row(3, ["g" * 16]),
+    "a slice of five": lambda m: next(iter(_slices(m).values()))[0].append(1),
+    "a slice that is none": lambda m: next(iter(_slices(m).values())).append(None),
     "huge shape": lambda m: m["tensors"]["w"].update(shape=[2**40, 2**40]),
     "many dimensions": lambda m: m["tensors"]["w"].update(shape=[1] * 1000),
-    "few checksums": lambda m: _first(m).update(crc32=[]),
     "unknown dtype": lambda m: m["tensors"]["w"].update(dtype="__import__('os')"),
     "tensor name": lambda m: m["tensors"].update({"w\n../x": m["tensors"].pop("w")}),
     "huge chunks": lambda m: m.update(chunk_bytes=2**50),
@@ -186,9 +205,10 @@ MALICE: dict[str, Edit] = {
     "huge header": lambda m: m["files"]["rank-00000-00000.safetensors"].update(header_bytes=2**40),
     "huge file": lambda m: m["files"]["rank-00000-00000.safetensors"].update(bytes=2**60),
     "huge meta": lambda m: m["meta"].update(bytes=2**60),
-    "version": lambda m: m.update(version=2),
+    "version": lambda m: m.update(version=1),
     "lists for objects": lambda m: m.update(tensors=[]),
-    "hole": lambda m: m["tensors"]["w"].update(slices=[]),
+    "hole": lambda m: m["tensors"]["w"].update(slices={}),
+    "a list of slices": lambda m: m["tensors"]["w"].update(slices=[]),
 }
 
 

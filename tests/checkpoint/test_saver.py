@@ -51,8 +51,11 @@ def test_the_loop_goes_on_and_the_copy_does_not_change(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_failure_is_told_at_the_next_call(tmp_path: Path, asynchronous: bool) -> None:
-    (tmp_path / "file").write_text("")
-    saving = Saver(CheckpointConfig(asynchronous=asynchronous), tmp_path / "file" / "checkpoints")
+    folder = tmp_path / "run" / "checkpoints"
+    saving = Saver(CheckpointConfig(asynchronous=asynchronous), folder)
+    folder.rmdir()
+    folder.parent.rmdir()
+    folder.parent.write_text("")
     if not asynchronous:
         with pytest.raises(CheckpointError, match="step 1 .* not saved: Not a directory"):
             saving.save(1, whole(state()), {})
@@ -65,6 +68,42 @@ def test_a_failure_is_told_at_the_next_call(tmp_path: Path, asynchronous: bool) 
         with pytest.raises(CheckpointError, match="step 1 .* not saved: Not a directory"):
             ask()
         assert not saving.failed
+
+
+def test_a_folder_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints cannot be made: Not a directory; see that train\.out"):
+        Saver(CheckpointConfig(), tmp_path / "file" / "checkpoints")
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path: Path) -> None:
+    first = Saver(CheckpointConfig(), tmp_path)
+    other_rank = Saver(CheckpointConfig(), tmp_path, 1, 2)
+    with pytest.raises(CheckpointError, match=r"another run writes its checkpoints to .*; end it, or set train\.out"):
+        Saver(CheckpointConfig(), tmp_path)
+    first.close()
+    with Saver(CheckpointConfig(), tmp_path), pytest.raises(CheckpointError, match="another run"):
+        Saver(CheckpointConfig(), tmp_path)
+    Saver(CheckpointConfig(), tmp_path)
+    other_rank.close()
+
+
+def test_a_folder_is_held_while_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    real = saver.save
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        assert gate.wait(10)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(saver, "save", slow)
+    with Saver(CheckpointConfig(), tmp_path) as saving:  # as when an error of the training ends it
+        saving.save(1, whole(state()), {})
+    with pytest.raises(CheckpointError, match="another run"):
+        Saver(CheckpointConfig(), tmp_path)
+    gate.set()
+    saving.wait()
+    Saver(CheckpointConfig(), tmp_path)
 
 
 def test_a_barrier_that_fails_is_a_failure_too(tmp_path: Path) -> None:

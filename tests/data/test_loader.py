@@ -1,5 +1,7 @@
 """Sample order and batches: every token once an epoch, the same ids whatever the layout, clear refusals."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megnorm.data.batch import Batch
 from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset, IndexedWriter
 from megnorm.data.loader import Loader
+from megnorm.data.preprocess import Job, run
 from megnorm.data.samples import PERIOD, Mixture, permute, shares
 from tests.data.helpers import numbered, write
 
@@ -61,22 +65,43 @@ def test_an_epoch_reads_every_token_once(tmp_path: Path) -> None:
 @settings(max_examples=25)
 @given(
     dp=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    workers=st.integers(1, 4),
     first=st.integers(0, 500),
+    stop=st.integers(0, 24),
     order=st.sampled_from(["default", "megatron"]),
     sources=st.integers(1, 3),
+    packed=st.booleans(),
 )
-def test_the_same_samples_for_every_dp(
-    tmp_path_factory: pytest.TempPathFactory, dp: int, first: int, order: str, sources: int
+def test_the_same_samples_for_every_dp_worker_and_restart(
+    tmp_path_factory: pytest.TempPathFactory,
+    dp: int,
+    workers: int,
+    first: int,
+    stop: int,
+    order: str,
+    sources: int,
+    packed: bool,
 ) -> None:
+    """One process for the whole run, against: ranks, threads that ask in any order, and a restart in between."""
     folder = tmp_path_factory.mktemp("x")
     paths = tuple(numbered(folder / str(i), 900 + 100 * i, seed=i) for i in range(sources))
-    one = loader(paths, order=order, samples=600, split=(1, 0, 0))
-    whole = one.batch(first, 24)
-    again = loader(paths, order=order, samples=600, split=(1, 0, 0))
-    parts = [again.batch(first, 24, rank, dp) for rank in range(dp)]
-    assert torch.equal(torch.cat([part.tokens for part in parts], dim=1), whole.tokens)
-    ones = [again.batch(first + i, 1).tokens for i in range(24)]
-    assert torch.equal(torch.cat(ones, dim=1), whole.tokens)
+    options = {"order": order, "samples": 600, "split": (1, 0, 0), "separate_documents": packed}
+    one = loader(paths, **options)
+    whole = rows(one.batch(first, 24))
+    again = loader(paths, **options)
+    assert [row for rank in range(dp) for row in rows(again.batch(first, 24, rank, dp))] == whole
+    restarted = loader(paths, **options, state=json.loads(json.dumps(one.state(first + stop))))
+    assert [row for i in range(24) for row in rows(restarted.batch(first + i, 1))][stop:] == whole[stop:]
+    with ThreadPoolExecutor(workers) as pool:
+        order_of_work = np.random.default_rng(first).permutation(24).tolist()
+        found = dict(zip(order_of_work, pool.map(lambda i: again.batch(first + i, 1), order_of_work), strict=True))
+    assert [row for i in range(24) for row in rows(found[i])] == whole
+
+
+def rows(batch: Batch) -> list[list[int]]:
+    """Tokens, labels and positions of each row."""
+    parts = [batch.tokens, batch.labels] + ([] if batch.positions is None else [batch.positions])
+    return torch.cat([part.t().reshape(-1, 16) for part in parts], dim=1).tolist()
 
 
 def test_splits_share_no_document(tmp_path: Path) -> None:
@@ -170,8 +195,8 @@ def test_shares_sum_up(weights: list[float]) -> None:
 def test_a_changed_mixture_goes_on_where_each_source_stood(tmp_path: Path) -> None:
     paths = tuple(write(tmp_path / n, [[k] * 4000]) for k, n in enumerate("abc", 1))
     before = loader(paths[:2], weights=(3, 1), split=(1, 0, 0))
-    state = before.state(100)
-    assert state["consumed"] == {paths[0]: 75, paths[1]: 25}
+    state = json.loads(json.dumps(before.state(100)))
+    assert [(entry["path"], entry["consumed"]) for entry in state["sources"]] == [(paths[0], 75), (paths[1], 25)]
     same = loader(paths[:2], weights=(3, 1), split=(1, 0, 0), state=state)
     assert torch.equal(same.batch(100, 8).tokens, before.batch(100, 8).tokens)
     after = loader(paths, weights=(1, 1, 2), split=(1, 0, 0), state=state)
@@ -181,8 +206,70 @@ def test_a_changed_mixture_goes_on_where_each_source_stood(tmp_path: Path) -> No
         assert draw[source == number].tolist() == list(range(start, start + count))
     again = loader(paths, weights=(1, 1, 2), split=(1, 0, 0), state=after.state(300))
     assert torch.equal(again.batch(300, 40).tokens, after.batch(300, 40).tokens)
-    with pytest.raises(DataError, match="sequence_length 16, the config 8"):
-        loader(paths, length=8, split=(1, 0, 0), state=state)
+
+
+def test_a_source_left_out_for_a_while_goes_on_where_it_stood(tmp_path: Path) -> None:
+    paths = (numbered(tmp_path / "a", 2000), numbered(tmp_path / "b", 2000, seed=1))
+    first = loader(paths, weights=(1, 1), split=(1, 0, 0)).state(30)
+    alone = loader(paths[0], split=(1, 0, 0), state=first).state(50)
+    both = loader(paths[::-1], weights=(1, 1), split=(1, 0, 0), state=json.loads(json.dumps(alone)))
+    assert both.order.mixture.consumed(50) == [15, 35] and both.state(50)["left"] == []
+    with pytest.raises(DataError, match="data.split"):
+        loader(paths, split=(0.5, 0.5, 0), state=alone)
+
+
+def test_turned_paths_go_on_where_each_source_stood(tmp_path: Path) -> None:
+    paths = (numbered(tmp_path / "a", 2000), numbered(tmp_path / "b", 2000, seed=1))
+    before = loader(paths, weights=(1, 1), split=(1, 0, 0))
+    after = loader(paths[::-1], weights=(1, 1), split=(1, 0, 0), state=before.state(31))
+    assert after.order.mixture.consumed(31) == before.order.mixture.consumed(31)[::-1]
+
+
+def test_data_may_move(tmp_path: Path) -> None:
+    """The samples belong to the content: another folder, or a relative path, changes nothing."""
+    (tmp_path / "there").mkdir()
+    here = tuple(numbered(tmp_path / name, 2000, seed=seed) for seed, name in enumerate("ab"))
+    there = tuple(numbered(tmp_path / "there" / name, 2000, seed=seed) for seed, name in enumerate("ab"))
+    for order in ("default", "megatron"):
+        before = loader(here, order=order, samples=300)
+        after = loader(there, order=order, samples=300, state=before.state(50))
+        assert torch.equal(after.batch(50, 40).tokens, before.batch(50, 40).tokens)
+
+
+@pytest.mark.parametrize("order", ["default", "megatron"])
+def test_what_would_repeat_samples_is_refused(tmp_path: Path, order: str) -> None:
+    path = numbered(tmp_path / "x", 3000)
+    options = {"order": order, "split": (1, 0, 0), "samples": 100}
+    state = loader(path, **options).state(60)
+    for change, match in (
+        ({"length": 8}, r"train\.sequence_length was 16 .* and is 8 now"),
+        ({"seed": 4}, r"train\.seed was 3 .* and is 4 now"),
+        ({"order": "megatron" if order == "default" else "default"}, r"data\.order was"),
+        ({"split": (0.5, 0.5, 0)}, r"data\.split"),
+    ):
+        with pytest.raises(DataError, match=match):
+            loader(path, **{**options, **change}, state=state)
+    numbered(tmp_path / "x", 3000, seed=9)
+    with pytest.raises(DataError, match="holds other data than" if order == "default" else "cannot change its data"):
+        loader(path, **options, state=state)
+
+
+def test_the_same_data_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="hold the same data"):
+        loader((numbered(tmp_path / "a", 500), numbered(tmp_path / "b", 500)))
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_megatron_order_keeps_the_size_of_its_index(tmp_path: Path, sources: int) -> None:
+    """A run of another length or batch goes on in the old order, as far as the old index reaches."""
+    paths = tuple(numbered(tmp_path / str(i), 1000 + i, seed=i) for i in range(sources))
+    before = loader(paths, order="megatron", samples=400)
+    state = json.loads(json.dumps(before.state(100)))
+    shorter = loader(paths, order="megatron", samples=300, state=state)
+    assert torch.equal(shorter.batch(100, 200).tokens, before.batch(100, 200).tokens)
+    assert shorter.state(100) == state
+    with pytest.raises(DataError, match="made for the 400 samples with which this run began"):
+        loader(paths, order="megatron", samples=before.samples() + 1, state=state)
 
 
 def test_epochs_as_weights(tmp_path: Path) -> None:
@@ -215,6 +302,15 @@ def test_the_tokenizer_of_the_data_is_compared(tmp_path: Path) -> None:
         loader(str(tmp_path / "x"), tokenizer=str(tmp_path / "none"))
 
 
+def test_names_of_tokenizers_and_of_files(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "many words"}\n' * 100)
+    run(Job((str(tmp_path / "in.jsonl"),), str(tmp_path / "x"), "bytes", progress=False))
+    with pytest.raises(DataError, match="bytes, data.tokenizer=tiktoken:gpt2 is another one"):
+        loader(str(tmp_path / "x.bin"), tokenizer="tiktoken:gpt2")
+    one = loader(str(tmp_path / "x.bin"), tokenizer="bytes", mask_end=True, vocab_size=257)
+    assert one.eod == 256
+
+
 def test_plain_refusals(tmp_path: Path) -> None:
     path = numbered(tmp_path / "x", 100)
     with pytest.raises(DataError, match=r"data\.path is empty"):
@@ -223,6 +319,10 @@ def test_plain_refusals(tmp_path: Path) -> None:
         loader(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="needs 201"):
         loader(path, length=200)
+    with pytest.raises(DataError, match=r"valid part has 0 tokens.*train\.eval_batches=0"):
+        loader(path, "valid", split=(1, 0, 0))
+    with pytest.raises(DataError, match=r"valid part has 0 tokens.*train\.eval_batches=0"):
+        loader(path, "valid", split=(1, 0, 0), order="megatron")
     with pytest.raises(DataError, match="dealt to 3"):
         loader(path).batch(0, 4, 0, 3)
     with pytest.raises(DataError, match="twice"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megnorm.data import megatron_order
+from megnorm.data import blending, megatron_order
 from megnorm.data.errors import DataError
 
 
@@ -60,18 +60,45 @@ def test_samples_begin_where_a_walk_says(
     assert samples is None or total >= samples
 
 
-@pytest.mark.parametrize("count", [3, 40])
-def test_blends_stay_close_to_their_weights(count: int) -> None:
-    weights = np.arange(1, count + 1) / sum(range(1, count + 1))
-    found = megatron_order.blend_indices(weights.tolist(), 3000)
-    for upto in (50, 500, 3000):
-        drawn = np.bincount(found["dataset_index"][:upto], minlength=count)
-        assert np.abs(drawn - weights * upto).max() < 1.5
+def greedy(share: np.ndarray, samples: int, limits: np.ndarray) -> list[int]:
+    """The rule of blending, one step after the other."""
+    drawn, found = np.zeros(len(share)), []
+    for i in range(samples):
+        error = np.where(drawn < limits, share * max(i, 1) - drawn, -np.inf)
+        found.append(int(np.argmax(error)))
+        drawn[found[-1]] += 1
+    return found
+
+
+@settings(max_examples=60)
+@given(
+    count=st.sampled_from([1, 2, 5, 40, 300, 700]),
+    samples=st.integers(1, 900),
+    kind=st.sampled_from(["even", "few values", "random", "one large"]),
+    seed=st.integers(0, 1000),
+)
+def test_blends_are_greedy(count: int, samples: int, kind: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    weights = {
+        "even": np.ones(count),
+        "few values": random.integers(1, 4, count).astype(float),
+        "random": random.random(count) + 1e-3,
+        "one large": random.random(count) + 1e-3 + np.where(np.arange(count) == seed % count, 1e3, 0),
+    }[kind]
+    found = blending.blend_indices(weights.tolist(), samples)
+    assert found["dataset_index"].tolist() == greedy(weights / weights.sum(), samples, np.full(count, np.inf))
     for one in range(count):
         mine = found["dataset_sample_index"][found["dataset_index"] == one]
         assert mine.tolist() == list(range(len(mine)))
-    few = megatron_order._blend_few(weights.tolist(), np.empty(3000, np.int16), np.empty(3000, np.int64))
-    assert all(np.array_equal(few[name], found[name]) for name in found)
+
+
+@settings(max_examples=30)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=400).filter(any))
+def test_blends_may_use_every_sample_up(sizes: list[int]) -> None:
+    found, total = blending.blend_exhaustive(sizes), sum(sizes)
+    assert np.bincount(found["dataset_index"], minlength=len(sizes)).tolist() == sizes
+    wanted = greedy(np.array(sizes, np.float64) / total, total, np.array(sizes))
+    assert found["dataset_index"].tolist() == wanted
 
 
 def test_the_golden_folder(project: Path, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

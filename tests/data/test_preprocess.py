@@ -5,13 +5,7 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +22,7 @@ from megnorm.data.preprocess import Job, run
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tokenizer import HuggingFace as Tokenizer
 from megnorm.data.tokenizer import load, train
-
-TEXTS = ["one two", "", "drei vier \u00fcnf", "x" * 300, "line\nbreak", "last"]
-GOOD = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+from tests.data.helpers import GOOD, TEXTS, files, job, texts_of
 
 BAD = {
     "malformed JSON": (b'{"text": "a', "not JSON"),
@@ -57,20 +49,6 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer = load(str(folder))
     assert tokenizer.pieces is not None
     return tokenizer
-
-
-def job(source: Path, out: Path, **options: object) -> Job:
-    base = Job(inputs=(str(source),), output=str(out), tokenizer="bytes", progress=False, max_line_bytes=1 << 20)
-    return replace(base, **options)
-
-
-def texts_of(prefix: Path) -> list[str]:
-    data, words = IndexedDataset(prefix), load("bytes")
-    return ["".join(words.decode(part) for part in data.document(i)) for i in range(data.document_count)]
-
-
-def files(prefix: Path) -> list[bytes]:
-    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
 
 
 @pytest.fixture
@@ -111,6 +89,17 @@ def test_bad_lines_are_skipped_and_told(tmp_path: Path, kind: str) -> None:
         assert reason in str(caught.value)
         assert not (tmp_path / "out.bin").exists()
         shutil.rmtree(tmp_path / "out.parts", ignore_errors=True)
+
+
+@pytest.mark.full
+def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
+    """With the limit as it is, not held in memory, and the lines after it are read."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD + b'{"text": "' + b"y" * 100_000_000 + b'"}\n' + GOOD)
+    report = run(Job(inputs=(str(source),), output=str(tmp_path / "out"), tokenizer="bytes", progress=False))
+    assert (report.documents, report.bad) == (12, 1)
+    assert report.first == [f"{source}:7: the line is longer than --max-line-bytes"]
+    assert texts_of(tmp_path / "out") == TEXTS * 2
 
 
 def test_only_five_are_told(tmp_path: Path) -> None:
@@ -160,6 +149,19 @@ def test_sentencepiece(shared: Path) -> None:
     ids, lengths = words.encode_batch(["hello world", "", "Guten Tag"])
     assert words.vocab_size == 8192 and words.eod == 2 and lengths[1] == 0
     assert words.decode(ids[: lengths[0]].tolist()) == "hello world"
+    assert words.token_id("</s>") == 2 and words.token_id("<none>") is None
+
+
+def test_tiktoken(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)}
+    small = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"small": small}.__getitem__)
+    run(job(source, tmp_path / "plain"))
+    run(job(source, tmp_path / "out", tokenizer="tiktoken:small"))
+    assert files(tmp_path / "out") == files(tmp_path / "plain")
+    words = load("tiktoken:small")
+    assert (words.eod, words.token_id("<|endoftext|>"), words.token_id("a")) == (256, 256, None)
 
 
 @settings(max_examples=50)
@@ -316,71 +318,3 @@ def test_pieces_encode_as_the_library_does(gpt2: Tokenizer, texts: list[str]) ->
     wanted = [gpt2.inner.encode(text, add_special_tokens=False).ids for text in texts]
     assert tokens.tolist() == [number for ids in wanted for number in ids]
     assert lengths.tolist() == [len(ids) for ids in wanted]
-
-
-def command(project: Path, source: Path, out: Path, *more: object) -> list[str]:
-    tool = project / "tools/preprocess_data.py"
-    words = [sys.executable, tool, "--input", source, "--output-prefix", out, "--tokenizer-type", "ByteLevelTokenizer"]
-    return [*map(str, words), "--append-eod", "--quiet", *map(str, more)]
-
-
-def test_a_killed_process_leaves_no_final_file(project: Path, tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    line = json.dumps({"text": "many words " * 200}).encode() + b"\n"
-    source.write_bytes(line * 60000)
-    process = subprocess.Popen(command(project, source, tmp_path / "out"))
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.parts/*.done")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert (tmp_path / "out.parts").is_dir() and not list(tmp_path.glob("out_text*"))
-
-
-@pytest.mark.full
-def test_ranks_write_the_same_bytes(project: Path, tmp_path: Path, shared: Path) -> None:
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if mpirun is None:
-        pytest.skip("no mpirun")
-    source = shared / "golden/megatron_dataset/docs.jsonl"
-    one, four = tmp_path / "one", tmp_path / "four"
-    subprocess.run(command(project, source, one), check=True)
-    words = command(project, source, four, "--unit-bytes", 9000)
-    subprocess.run([mpirun, "-n", "4", *words], check=True, timeout=120)
-    assert files(f"{one}_text_document") == files(f"{four}_text_document")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(GOOD * 50 + b"{\n" + GOOD)
-    words = command(project, bad, tmp_path / "bad", "--unit-bytes", 2000, "--strict")
-    result = subprocess.run([mpirun, "-n", "3", *words], capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0 and "bad.jsonl:301: not JSON" in result.stdout + result.stderr
-    assert not list(tmp_path.glob("bad_text*"))
-
-
-@pytest.mark.full
-def test_processes_write_the_same_bytes(project: Path, tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_bytes(GOOD * 200 + b"{\n")
-    run(job(source, tmp_path / "one"))
-    subprocess.run(command(project, source, tmp_path / "two", "--workers", 2, "--unit-bytes", 9000), check=True)
-    assert files(tmp_path / "one") == files(f"{tmp_path}/two_text_document")
-
-
-@pytest.mark.full
-def test_a_killed_worker_is_told_and_the_run_goes_on(project: Path, tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
-    source = tmp_path / "in.jsonl"
-    source.write_bytes((json.dumps({"text": "many words " * 200}).encode() + b"\n") * 60000)
-    words = command(project, source, tmp_path / "out", "--workers", 2)
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("out.parts/*.done")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
-    workers[0].kill()
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "a worker process died" in told and "Traceback" not in told
-    assert not list(tmp_path.glob("out_text*"))
-    done = len(list(tmp_path.glob("out.parts/*.done")))
-    result = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done and "units of input had been done by an earlier run" in result.stdout
-    assert IndexedDataset(tmp_path / "out_text_document").document_count == 60000

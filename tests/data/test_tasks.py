@@ -10,14 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megnorm.data.choose import open_split
 from megnorm.data.classes import ClassLoader, read_examples
-from megnorm.data.config import DataConfig
+from megnorm.data.config import ClassConfig, DataConfig, MaskConfig, PairConfig, SpanConfig
 from megnorm.data.denoising import MaskedLoader, SpanLoader, word_table
 from megnorm.data.errors import DataError
 from megnorm.data.loader import Loader
 from megnorm.data.pairs import PairLoader
 from megnorm.data.preprocess import Job, run
-from megnorm.data.tasks import MaskConfig, corrupt_spans, fill_in_the_middle, mask
+from megnorm.data.tasks import corrupt_spans, fill_in_the_middle, mask
 from megnorm.data.tokenizer import HuggingFace, load
 from tests.data.helpers import numbered, write
 
@@ -93,15 +94,22 @@ def test_fill_in_the_middle_keeps_the_text(piece: list[int], seed: int) -> None:
 
 
 def test_fill_in_the_middle_in_the_loader(tmp_path: Path) -> None:
-    path = numbered(tmp_path / "x", 4000, vocab=5000)
-    config = DataConfig(path=path, split=(1, 0, 0), fim_rate=0.5, fim_tokens=(6001, 6002, 6003))
-    one = Loader(config, "train", sequence_length=64, seed=1, vocab_size=7000)
-    whole = one.batch(0, 40).tokens
-    assert torch.equal(torch.cat([one.batch(0, 40, r, 4).tokens for r in range(4)], dim=1), whole)
+    path = write(tmp_path / "x", [[*range(100 * i, 100 * i + 40), 6000] for i in range(50)])
+    config = DataConfig(path=path, split=(1, 0, 0), eod=6000, fim_rate=0.5, fim_tokens=(6001, 6002, 6003))
+    sizes = {"sequence_length": 64, "seed": 1, "vocab_size": 7000}
+    one = open_split(config, "train", **sizes)
+    whole = one.batch(0, 30).tokens
+    assert torch.equal(torch.cat([one.batch(0, 30, r, 3).tokens for r in range(3)], dim=1), whole)
     marked = (whole == 6001).any(dim=0).float().mean()
-    assert 0.3 < marked < 0.8
+    assert 0.3 < marked < 1.0
+    plain = open_split(replace(config, fim_rate=0.0), "train", **sizes).batch(0, 30).tokens
+    assert torch.equal(whole == 6000, plain == 6000) and not torch.equal(whole, plain)  # documents end where they did
     with pytest.raises(DataError, match="three ids"):
-        Loader(replace(config, fim_tokens=()), "train", sequence_length=64, seed=1, vocab_size=7000)
+        open_split(replace(config, fim_tokens=()), "train", **sizes)
+    with pytest.raises(DataError, match="below model.vocab_size=6002"):
+        open_split(config, "train", **{**sizes, "vocab_size": 6002})
+    with pytest.raises(DataError, match="fim_rate is 2"):
+        open_split(replace(config, fim_rate=2.0), "train", **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -113,24 +121,47 @@ def words(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
     return str(out), tokenizer
 
 
+def masked(words: tuple[str, str], length: int = 128, **options: object) -> MaskedLoader:
+    path, tokenizer = words
+    config = DataConfig(path=path, task="masked", tokenizer=tokenizer, split=(1, 0, 0), mask=MaskConfig(**options))
+    found = open_split(config, "train", sequence_length=length, seed=5, vocab_size=8192)
+    assert isinstance(found, MaskedLoader)
+    return found
+
+
 @pytest.mark.parametrize("unit", ["token", "word", "span"])
 def test_masked_rows(words: tuple[str, str], unit: str) -> None:
-    path, tokenizer = words
-    config, options = DataConfig(path=path, tokenizer=tokenizer, split=(1, 0, 0)), MaskConfig(unit=unit)
-    one = MaskedLoader(config, "train", options, sequence_length=128, seed=5, vocab_size=8192)
+    one = masked(words, unit=unit)
     batch = one.batch(10, 16)
     share = batch.loss_mask.mean().item()
     assert 0.12 < share < 0.18
     same = batch.tokens == batch.labels
     assert same[batch.loss_mask == 0].all() and not same[batch.loss_mask == 1].all()
-    masked = (batch.tokens == 4)[batch.loss_mask == 1].float().mean().item()
-    assert 0.7 < masked < 0.9
+    hidden = (batch.tokens == 4)[batch.loss_mask == 1].float().mean().item()
+    assert 0.7 < hidden < 0.9
     parts = [one.batch(10, 16, rank, 4) for rank in range(4)]
     assert torch.equal(torch.cat([part.tokens for part in parts], dim=1), batch.tokens)
     epoch = one.samples()
     again = {tuple(row): mask for row, mask in zip(*_rows(one.batch(epoch, epoch)), strict=True)}
     moved = [again[tuple(row)] != mask for row, mask in zip(*_rows(batch), strict=True) if tuple(row) in again]
     assert all(moved)
+
+
+def test_masked_rows_in_a_frame(words: tuple[str, str]) -> None:
+    one = masked(words, begin="[CLS]", end="[SEP]")
+    batch = one.batch(0, 8)
+    assert batch.tokens.shape == (128, 8)
+    for tensor in (batch.tokens, batch.labels):
+        assert (tensor[0] == 2).all() and (tensor[-1] == 3).all()
+    assert not batch.loss_mask[[0, -1]].any() and batch.loss_mask.sum() > 8
+    assert torch.equal(batch.labels[1:-1], one.rows.batch(0, 8).tokens)
+    the = load(words[1]).token_id("the")
+    other = masked(words, token="the").batch(0, 8)
+    assert (other.labels == the).any() and not (other.labels == the)[other.loss_mask == 1].any()
+    with pytest.raises(DataError, match="no token <nothing>"):
+        masked(words, begin="<nothing>")
+    with pytest.raises(DataError, match="begin or data.mask.end was 126"):
+        Loader(one.rows.config, "train", sequence_length=128, seed=5, vocab_size=8192, state=one.state(3), framing=0)
 
 
 def _rows(batch: object) -> tuple[list, list]:
@@ -148,63 +179,101 @@ def test_word_starts_of_three_kinds(shared: Path) -> None:
 
 
 def test_span_pairs(tmp_path: Path) -> None:
-    config = DataConfig(path=numbered(tmp_path / "x", 5000, vocab=1000), split=(1, 0, 0))
-    one = SpanLoader(
-        config, "train", sentinels=range(1100, 1164), eos=1001, sequence_length=64, seed=1, vocab_size=1200
-    )
-    pairs = one.pairs(3, 4)
-    plain = one.batch(3, 4)
+    path = numbered(tmp_path / "x", 5000, vocab=1000)
+    config = DataConfig(path=path, task="spans", split=(1, 0, 0), eod=1001, spans=SpanConfig(sentinels=(1163, 1100)))
+    sizes = {"sequence_length": 64, "seed": 1, "vocab_size": 1200}
+    one = open_split(config, "train", **sizes)
+    assert isinstance(one, SpanLoader) and one.sentinels == list(range(1163, 1099, -1))
+    pairs = one.batch(3, 4)
+    plain = one.rows.batch(3, 4)
     source, labels = pairs.source.T.numpy(), pairs.labels.T.numpy()
     for row in range(4):
         seen = [t for t in (*source[row], *labels[row]) if 0 < t < 1000]
         assert Counter(seen) == Counter(t for t in plain.tokens.T.tolist()[row] if t > 0)
     assert torch.equal(pairs.tokens[1:][pairs.loss_mask[1:] > 0], pairs.labels[:-1][pairs.loss_mask[1:] > 0])
     assert (pairs.tokens[0] == 0).all()
+    assert (open_split(replace(config, start=7), "train", **sizes).batch(3, 4).tokens[0] == 7).all()
+    with pytest.raises(DataError, match="uses token id 1163, model.vocab_size is 1100"):
+        open_split(config, "train", **{**sizes, "vocab_size": 1100})
+    with pytest.raises(DataError, match="data.tokenizer is needed for data.task=spans"):
+        open_split(replace(config, spans=SpanConfig()), "train", **sizes)
+    with pytest.raises(DataError, match="data.eod is needed"):
+        open_split(replace(config, eod=None), "train", **sizes)
 
 
-def test_translation_pairs(shared: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pairs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """The shared English-German validation pairs."""
+    out = str(tmp_path_factory.mktemp("pairs") / "p")
     source, tokenizer = shared / "data/parallel/valid.en-de.tsv", shared / "data/tokenizers/unigram8k-multi"
-    run(Job((str(source),), str(tmp_path / "p"), str(tokenizer), keys=("0", "1"), eod_token="</s>", progress=False))
-    options = {
-        "tokens_per_batch": 1024,
-        "seed": 2,
-        "vocab_size": 8192,
-        "start": 2,
-        "pad": 0,
-        "multiple": 2,
-        "longest": 128,
-    }
-    one = PairLoader(str(tmp_path / "p_0"), str(tmp_path / "p_1"), **options)
-    batches = one.batches(0)
-    seen = np.concatenate(batches)
-    assert len(seen) == len(set(seen.tolist())) and len(seen) >= 890 - one.dropped - 2 * 2
+    run(Job((str(source),), out, str(tokenizer), keys=("0", "1"), eod_token="</s>", progress=False))
+    options = PairConfig(tokens_per_batch=1024, longest=128)
+    return DataConfig(path=out, task="pairs", tokenizer=str(tokenizer), start=2, pairs=options)
+
+
+SIZES = {"sequence_length": 128, "seed": 2, "vocab_size": 8192}
+
+
+def test_translation_pairs(shared: Path, pairs: DataConfig) -> None:
+    one = open_split(pairs, "train", **SIZES)
+    assert isinstance(one, PairLoader)
+    seen = np.concatenate(one.buckets(0))
+    assert sorted(seen.tolist()) == one.kept.tolist() and len(seen) == 890 - one.dropped
     padded = real = 0
-    for number in range(len(batches)):
-        batch = one.batch(0, number)
-        assert batch.source.shape[1] % 2 == 0
-        longest = max(batch.source.shape[0], batch.labels.shape[0])
-        assert longest * batch.source.shape[1] <= 1024
+    for batch in one.batch(0, one.samples()):
+        assert max(batch.source.shape[0], batch.labels.shape[0]) * batch.source.shape[1] <= 1024
         padded += batch.source.numel() + batch.labels.numel()
         real += int(batch.source_mask.sum() + batch.loss_mask.sum())
     assert real / padded > 0.7
-    parts = [one.batch(1, 3, rank, 2) for rank in (0, 1)]
-    assert sum(part.source.shape[1] for part in parts) == one.batch(1, 3).source.shape[1]
-    words = load(str(tokenizer))
-    line = source.read_text().splitlines()[0].split("\t")
-    first = one.source.document(0)[0].tolist()
-    assert words.decode(first).replace("</s>", "").strip() == line[0]
-    write(tmp_path / "short", [[1]])
-    with pytest.raises(DataError, match="side by side"):
-        PairLoader(str(tmp_path / "p_0"), str(tmp_path / "short"), **options)
+    words = load(str(pairs.tokenizer))
+    line = (shared / "data/parallel/valid.en-de.tsv").read_text().splitlines()[0].split("\t")
+    for side, text in zip(one.sides, line, strict=True):
+        assert words.decode(side.document(0)[0].tolist()).replace("</s>", "").strip() == text
+
+
+def test_buckets_are_the_same_for_every_dp_and_after_a_restart(pairs: DataConfig) -> None:
+    one = open_split(pairs, "train", **SIZES)
+    first = one.samples() - 4  # over the end of the first epoch
+    whole = [batch.labels for batch in one.batch(first, 12)]
+    again = open_split(pairs, "train", **SIZES, state=one.state(first))
+    for dp in (2, 3, 4):
+        parts = [batch.labels for rank in range(dp) for batch in again.batch(first, 12, rank, dp)]
+        assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+    with pytest.raises(DataError, match="data.pairs.longest was 128"):
+        other = replace(pairs, pairs=replace(pairs.pairs, longest=64))
+        open_split(other, "train", **SIZES, state=one.state(first))
+    with pytest.raises(DataError, match="train.seed was 2"):
+        open_split(pairs, "train", **{**SIZES, "seed": 3}, state=one.state(first))
+
+
+def test_pairs_that_cannot_be(pairs: DataConfig, tmp_path: Path) -> None:
+    write(tmp_path / "x_0", [[1]])
+    write(tmp_path / "x_1", [[1], [2]])
+    for change, match in (
+        ({"path": str(tmp_path / "x"), "tokenizer": None}, "side by side"),
+        ({"pairs": replace(pairs.pairs, tokens_per_batch=100)}, "cannot hold a pair"),
+        ({"pairs": replace(pairs.pairs, longest=1)}, "none of its 890 pairs"),
+        ({"path": (pairs.path, "other")}, "data.path has 2 entries"),
+        ({"weights": (1.0,)}, "data.weights has no meaning for data.task=pairs"),
+    ):
+        with pytest.raises(DataError, match=match):
+            open_split(replace(pairs, **change), "train", **SIZES)
+    with pytest.raises(DataError, match=r"data\.valid is empty.*train\.eval_batches=0"):
+        open_split(pairs, "valid", **SIZES)
 
 
 @pytest.mark.parametrize(("task", "columns", "count"), [("wntopic", 1, 10), ("wnhyper", 2, 2), ("wnsense", 3, 2)])
 def test_classes(shared: Path, task: str, columns: int, count: int) -> None:
-    tokenizer = load(str(shared / "data/tokenizers/wordpiece8k-en"))
-    path = shared / f"data/tasks/{task}.valid.tsv"
-    options = {"sequence_length": 32, "seed": 1, "begin": 2, "end": 3, "pad": 0}
-    one = ClassLoader(str(path), tokenizer, **options)
-    assert len(one.classes) == count and one.samples() == len(path.read_text().splitlines()) - 1
+    paths = {split: shared / f"data/tasks/{task}.{split}.tsv" for split in ("train", "valid", "test")}
+    config = DataConfig(
+        path=str(paths["train"]), valid=str(paths["valid"]), test=str(paths["test"]), task="classes",
+        tokenizer=str(shared / "data/tokenizers/wordpiece8k-en"),
+    )  # fmt: skip
+    options = {"sequence_length": 32, "seed": 1, "vocab_size": 8192}
+    for split, path in paths.items():
+        one = open_split(config, split, **options)
+        assert isinstance(one, ClassLoader)
+        assert len(one.classes) == count and one.samples() == len(path.read_text().splitlines()) - 1
     batch = one.batch(0, one.samples())
     assert sorted(batch.classes.tolist()) == sorted(one.labels.tolist())
     assert (batch.tokens[0] == 2).all()
@@ -213,11 +282,30 @@ def test_classes(shared: Path, task: str, columns: int, count: int) -> None:
     assert batch.segments.max() == columns - 1
     plain = one.batch(0, 3, shuffle=False)
     assert plain.classes.tolist() == one.labels[:3].tolist()
-    with pytest.raises(DataError, match="not among"):
-        ClassLoader(str(path), tokenizer, classes=("x",), **options)
+    for change, match in (
+        ({"classes": ClassConfig(names=("x",))}, "not among"),
+        ({"classes": ClassConfig(begin="<none>")}, "data.classes.begin: the tokenizer has no token <none>"),
+        ({"order": "megatron"}, "data.order has no meaning"),
+        ({"test": ()}, "data.test is empty"),
+    ):
+        with pytest.raises(DataError, match=match):
+            open_split(replace(config, **change), "test", **options)
 
 
 def test_a_ragged_table_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("a\tlabel\nb\t1\nc\n")
     with pytest.raises(DataError, match=r"x\.tsv:3: 1 columns"):
         read_examples(str(tmp_path / "x.tsv"))
+    (tmp_path / "x.jsonl").write_text('{"a": "b", "label": 1}\n[3]\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:2: not a JSON object"):
+        read_examples(str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl").write_text('{"a": "b", "label": 1}\n')
+    assert read_examples(str(tmp_path / "x.jsonl")) == ([("b",)], ["1"])
+
+
+@pytest.mark.parametrize("name", ["mask", "spans", "pairs", "classes"])
+def test_options_of_another_task_are_refused(tmp_path: Path, name: str) -> None:
+    given = {"mask": MaskConfig(keep=0.2), "spans": SpanConfig(density=0.3), "pairs": PairConfig(longest=9)}
+    config = DataConfig(path=numbered(tmp_path / "x", 500), **{name: given.get(name, ClassConfig(label="x"))})
+    with pytest.raises(DataError, match=f"data.{name} has no meaning for data.task=causal"):
+        open_split(config, "train", sequence_length=16, seed=1, vocab_size=60000)

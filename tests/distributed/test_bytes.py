@@ -159,6 +159,24 @@ def test_sharded_norms_add_their_statistics(
     assert found == {**stream, **{Message("all-reduce", n * TOKENS, 4): times for n, times in numbers.items()}}
 
 
+# scheme, modes: gathers, scatters, sums of a statistic
+RECOMPUTED = [
+    ("preln", "attention+norms+activations", 6, 4, 0),
+    ("preln", "block", 8, 5, 0),  # the last scatter is not needed again
+    ("normformer", "norms", 6, 4, 3),  # the inner norm's, forward and again
+    ("sandwich", "projections", 6, 6, 0),
+]
+
+
+@pytest.mark.parametrize(("scheme", "modes", "gathers", "scatters", "sums"), RECOMPUTED)
+def test_recompute_moves_again_what_it_needs(
+    ranks: Any, scheme: str, modes: str, gathers: int, scatters: int, sums: int
+) -> None:
+    found, _ = per_layer(ranks, scheme, recompute=modes)
+    wanted = {Message("all-gather", STREAM, 4): gathers, Message("reduce-scatter", STREAM, 4): scatters}
+    assert found == wanted | ({Message("all-reduce", TOKENS, 4): sums} if sums else {})
+
+
 def test_without_sequence_parallelism_the_stream_is_reduced(ranks: Any) -> None:
     found, extra = per_layer(ranks, "preln", sequence_parallel=False)
     assert found == {Message("all-reduce", STREAM, 4): 4}

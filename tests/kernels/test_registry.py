@@ -96,10 +96,10 @@ def test_every_offer_has_a_reference_and_an_example() -> None:
         assert any(other.backend == "torch" for other in registry.offers(offer.op))
 
 
-def _model(scheme: str, **options: Any) -> tuple[CausalLM, Tokens]:
+def _model(scheme: str, patch: dict[str, Any] | None = None, **options: Any) -> tuple[CausalLM, Tokens]:
     cfg = ModelConfig(
         layers=2, width=24, heads=4, kv_heads=2, ffn=36, vocab_size=29, max_positions=16,
-        norm=NormConfig(scheme=scheme), **options,
+        norm=NormConfig(scheme=scheme, patch=patch or {}), **options,
     )  # fmt: skip
     model = build_model(cfg, Env(dtype=torch.float64), vocab_multiple=1)
     generator = torch.Generator().manual_seed(1)
@@ -117,12 +117,16 @@ def _results(model: CausalLM, batch: Tokens) -> list[torch.Tensor]:
 
 
 JOINED: set[str] = set()
+# what no scheme has: an output norm under a post norm
+BOTH = ("postln", {"all_layers": {"ffn": {"output": {}}, "attention": {"output": {"scale": 0.5}}}})
 
 
-@pytest.mark.parametrize("scheme", schemes.names())
-def test_joined_operations_mean_the_same(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", [*schemes.names(), BOTH], ids=str)
+def test_joined_operations_mean_the_same(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every scheme with every joined operation, the reference's own, in place of the layer's steps."""
-    options = {"activation": "gelu", "bias": True} if len(scheme) % 2 else {}
+    scheme, patch = (scheme, None) if isinstance(scheme, str) else scheme
+    options: dict[str, Any] = {"activation": "gelu", "bias": True} if len(scheme) % 2 else {}
+    options["patch"] = patch
     wanted = _results(*_model(scheme, **options))
     used = []
 

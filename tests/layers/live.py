@@ -34,9 +34,12 @@ class live(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        """The least of a few looks: gloo's threads let go of a message a moment after its collective is done."""
-        looks = []
-        for _ in range(5):
-            looks.append(sum(size for storage, size in self._made.values() if not storage.expired()))
-            time.sleep(0.02)
-        return min(looks)
+        return sum(size for storage, size in self._made.values() if not storage.expired())
+
+    def settled(self, samples: int = 20) -> int:
+        """bytes() when it has not changed for 0.2 seconds: gloo's threads let go of a message's tensors when they like."""
+        seen: list[int] = []
+        while len(seen) < samples or len(set(seen[-samples:])) > 1:
+            time.sleep(0.01)
+            seen.append(self.bytes())
+        return seen[-1]

@@ -9,16 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from megnorm.config import from_dict
+from megnorm.config import RunConfig, from_dict
 from megnorm.layers import recompute
 from megnorm.layers.recompute import _StandIn, _Tape, _Unit
-from megnorm.metrics.observe import Observer
+from megnorm.metrics.observe import Observer, main_grad
+from megnorm.parallel.collectives import all_reduce
+from megnorm.parallel.layout import named_matrices
+from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
+from megnorm.parallel.schedule import Action, make_schedule
 from megnorm.plan import PlanError, make_plan
-from megnorm.train.build import mesh_of
+from megnorm.train.build import build_stages, mesh_of
 from megnorm.train.config import TrainConfig
 from tests.distributed import cases
 from tests.layers.tiny import MODES, SELECTIVE, Model, batches, config, differences, step
+from tools import parity
 
 BOTH = (("block",), SELECTIVE)
 FEW = ("normformer", "hybridnorm", "keel", "normformer+post_projection+resscale")
@@ -131,7 +137,7 @@ def test_probes_see_the_forward_pass_alone() -> None:
     seen = []
     for modes in ((), ("block",), SELECTIVE):
         model = Model.build(cfg, modes)
-        observer = Observer(model.net, ("stream_rms", "branch_rms", "norm_rms"), every=1)
+        observer = Observer([model.net], ("stream_rms", "branch_rms", "norm_rms"), every=1)
         observer.begin(1)
         model.forward(0, part).backward()
         counts = {index: len(found) for index, found in observer._squares.items()}
@@ -227,6 +233,44 @@ def on_rank(rank: int, world: int, scheme: str, kv: int) -> list[str]:
 def test_with_tensor_and_sequence_parallelism(ranks: Any, scheme: str, kv: int) -> None:
     """Collectives of what is computed again meet: sharded statistics, W_o's and W_down's scatter, a block's gathers."""
     assert ranks(2).run(on_rank, scheme, kv) == [[], []]
+
+
+def through_stages(config: RunConfig, world: int, mesh: Mesh) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of this rank's layers after one step of four micro-batches with dropout."""
+    plan = make_plan(config, world)
+    stages, rng = build_stages(plan, mesh)
+    flat, parallel = parity.flatten(plan, mesh, stages), config.parallel
+
+    def before(action: Action, final: bool) -> None:
+        if action.kind == "F":
+            rng.begin(7, 0, action.micro_batch, mesh.dp.rank, mesh.tp.rank)
+        if final:
+            flat.expect(action.stage)
+
+    flat.zero()
+    schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, 4)
+    total = Pipeline(stages, mesh).run(schedule, batches(config, 4), weight=1.0, before=before)
+    flat.finish()
+    return float(all_reduce(total, mesh.pp)), {
+        n.name: n.view(main_grad(n.param)) for n in named_matrices(*stages.values())
+    }
+
+
+def on_stage(rank: int, world: int, modes: str) -> list[str]:
+    """What two stages compute otherwise than one rank without recompute."""
+    cfg = config("hybridnorm", pp=world, schedule="1f1b", recompute=modes)
+    loss, grads = through_stages(cfg, world, mesh_of(make_plan(cfg, world), torch.device("cpu")))
+    plain_loss, plain = through_stages(config("hybridnorm"), 1, Mesh())
+    assert grads and set(grads) < set(plain)
+    return [name for name, grad in grads.items() if not torch.equal(grad, plain[name])] + ["loss"] * (
+        loss != plain_loss
+    )
+
+
+@pytest.mark.parametrize("modes", ("", "block", "+".join(SELECTIVE)))
+def test_with_pipeline_stages(ranks: Any, modes: str) -> None:
+    """Masks do not know the stage, and under 1F1B other micro-batches have begun when a unit is computed again."""
+    assert ranks(2).run(on_stage, modes) == [[], []]
 
 
 # Options

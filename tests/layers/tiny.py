@@ -23,7 +23,7 @@ MODES: tuple[tuple[str, ...], ...] = (("block",), *((mode,) for mode in SELECTIV
 def config(scheme: str, dropout: float = 0.1, changes: dict[str, Any] | None = None, **case: Any) -> RunConfig:
     """The model of ``cases.config`` with dropout on both places; changes: of the model."""
     base = cases.config(scheme, **case)
-    model = replace(base.model, dropout=dropout, attention_dropout=dropout, **(changes or {}))
+    model = replace(base.model, **{"dropout": dropout, "attention_dropout": dropout, **(changes or {})})
     return replace(base, model=model)
 
 

@@ -19,7 +19,7 @@ from megnorm.config import RunConfig
 from megnorm.data.loader import Loader
 from megnorm.metrics.record import Record
 from megnorm.plan import PlanError, make_plan
-from megnorm.train import step
+from megnorm.train import loop, step
 from megnorm.train.build import build, open_data
 from megnorm.train.commands import describe
 from megnorm.train.config import BatchRamp, TrainConfig
@@ -126,14 +126,18 @@ def test_every_sample_once_and_in_order(ranks: Any, tmp_path: Path) -> None:
     assert counts == [size // 2 for size in SIZES] and two[0][2] == [size // 4 for size in SIZES]
     assert told == two[0][3] == sum(SIZES)
     assert two[0][1] == pytest.approx(curve, rel=1e-10)
+    staged = steps_of(tiny.config(data, tmp_path, steps=len(SIZES), precision="fp64", dp=1, pp=2))
+    assert ranks(2).run(seen, staged)[0][1] == pytest.approx(curve, rel=1e-10), (
+        "a pipeline of more and more micro-batches"
+    )
 
 
 def test_a_stop_in_the_ramp_changes_nothing(tmp_path: Path) -> None:
     prefix = write_data(tmp_path / "text")
     ramp = {"start": 2, "increment": 2, "samples": 12}  # steps of 2, 2, 2, 4, 4, then 6
     train = {
-        "steps": 8, "sequence_length": 16, "global_batch": 6, "micro_batch": 2, "eval_batches": 2, "threads": 1,
-        "batch_ramp": ramp,
+        "steps": 8, "sequence_length": 16, "global_batch": 6, "micro_batch": 2, "eval_batches": 2, "eval_every": 4,
+        "threads": 1, "batch_ramp": ramp,
     }  # fmt: skip
     base = write_config(tmp_path, prefix, train={**train, "out": str(tmp_path / "through")}, model={"dropout": 0.1})
     assert main(["train", "--config", str(base)]) == 0
@@ -143,24 +147,42 @@ def test_a_stop_in_the_ramp_changes_nothing(tmp_path: Path) -> None:
     assert record.series("tokens")[1][-1] == sum(sizes)
     parts = [f"train.out={tmp_path / 'parts'}"]
     asked: list[int] = []
-    rows = step._own_rows
+    rows = step.own_rows
 
     def watched(run: Any, data: Any, first: int, sequences: int) -> Any:
         asked.append(sequences)
         return rows(run, data, first, sequences)
 
-    for stop in (1, 3):
+    for stop in (1, 2):
         again = ["train", "--config", str(base), *parts, f"train.stop_after={stop}"]
         assert main(again) == EXIT_STOPPED
-    with mock.patch.object(step, "_own_rows", watched):
+    with mock.patch.object(step, "own_rows", watched):
         assert main(["train", "--config", str(base), *parts]) == 0
-    assert asked == [4, 6, 6, 6, 6, 6], "four steps that were left, then two whole batches of evaluation"
+    assert asked == [4, 6, 6, 4, 6, 6, 6, 6, 6], (
+        "five steps that were left; behind the first and the last whole batches"
+    )
     assert losses(tmp_path / "through") == losses(tmp_path / "parts")
     one, other = (io.latest(tmp_path / name / "checkpoints") for name in ("through", "parts"))
     assert one is not None and other is not None
     a, b = (io.read_full(path, list(io.available(path))) for path in (one, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert io.read_meta(other)["consumed_samples"] == sum(sizes) // 16
+
+
+def test_speed_counts_the_samples_of_the_steps(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    run = build(make_plan(steps_of(tiny.config(data, tmp_path, steps=6, dp=1)), 1), torch.device("cpu"))
+    with mock.patch.object(loop, "peak_flops", lambda *_: 1e12):
+        pace = loop.Pace(run)
+    with mock.patch.object(loop.time, "perf_counter", lambda: 100.0):
+        pace.restart()
+    results = [train_step(run) for _ in range(4)]
+    for result in results:
+        pace.add(result)
+    with mock.patch.object(loop.time, "perf_counter", lambda: 102.0):
+        values = pace.values(results[-1])
+    assert values["tokens_per_second"] == sum(SIZES[:4]) * 8 / 2.0 and values["tokens_per_step"] == 12 * 8
+    assert values["mfu"] == pytest.approx(values["tokens_per_second"] * pace.flops / 1e12)
 
 
 def test_another_optimizer_does_not_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

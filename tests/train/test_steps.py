@@ -11,8 +11,9 @@ from megnorm.cli import main
 from megnorm.data.batch import Batch
 from megnorm.train import loop
 from megnorm.train.config import TrainConfig
+from megnorm.train.guard import DivergedError
 from megnorm.train.signals import EXIT_STOPPED
-from megnorm.train.step import DivergedError, micro_batches
+from megnorm.train.step import micro_batches
 from tests.train.tiny import losses, write_config, write_data
 
 
@@ -54,6 +55,19 @@ def test_dropout_and_batch_may_change_in_a_run(tmp_path: Path) -> None:
     lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     tokens = [line["tokens"] for line in lines if "tokens" in line]
     assert tokens == [64, 128, *(128 + 128 * i for i in range(1, 7))]
+
+
+def test_recompute_does_not_change_a_run(tmp_path: Path) -> None:
+    """Two micro-batches a step with dropout; a checkpoint is continued under other modes."""
+    path, curves = write_config(tmp_path, write_data(tmp_path / "text")), []
+    for name, first, then in (("kept", "[]", "[]"), ("again", "[block]", "[attention,norms,activations]")):
+        changes = [f"train.out={tmp_path / name}", "model.dropout=0.1", "model.attention_dropout=0.1", "train.steps=4"]
+        changes.append("train.precision=bf16")
+        stop = ["train.stop_after=2", f"train.recompute={first}"]
+        assert main(["train", "--config", str(path), *changes, *stop]) == EXIT_STOPPED
+        assert main(["train", "--config", str(path), *changes, f"train.recompute={then}"]) == 0
+        curves.append(losses(tmp_path / name))
+    assert curves[0] == curves[1] and len(curves[0]) == 4
 
 
 def test_divergence_lets_the_save_under_way_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
