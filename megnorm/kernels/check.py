@@ -17,6 +17,8 @@ from megnorm.kernels.torch_ref import NormArgs
 # Largest difference, relative to the largest value of the tensor: sums in fp32; a few roundings of values and weights.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-12}
 
+QUANTIZED = 0.15  # three bits of mantissa, averaged over a sum
+
 Leaves = Mapping[str, Tensor]
 Outputs = tuple[Tensor, ...]
 
@@ -186,8 +188,12 @@ def _cross_entropy(need: Need, draw: _Draw) -> Example:
 
 
 def _linear(need: Need, draw: _Draw) -> Example:
-    leaves = {"x": draw(*draw.rows, 48), "w": draw(32, 48), "b": draw(32)}
-    return Example(leaves, lambda fn, at: (fn(at["x"], at["w"], at["b"]), fn(at["x"], at["w"], None)))
+    inside, outside = need.features
+    rows = (32, 2) if need.quantize else draw.rows
+    leaves = {"x": draw(*rows, inside), "w": draw(outside, inside)}
+    if need.biased:
+        leaves["b"] = draw(outside)
+    return Example(leaves, lambda fn, at: (fn(at["x"], at["w"], at.get("b")),))
 
 
 EXAMPLES: dict[str, Callable[[Need, _Draw], Example]] = {
@@ -207,10 +213,14 @@ EXAMPLES: dict[str, Callable[[Need, _Draw], Example]] = {
 }
 
 
+def tolerance(need: Need) -> float:
+    return QUANTIZED if need.quantize else TOLERANCE[need.dtype]
+
+
 def typical(op: str, device: str, dtype: torch.dtype) -> Need:
     """A common need of an operation, in sizes of a small model: RMSNorm of 768, 12 heads of 64, SwiGLU."""
     wide, head = NormForm("rmsnorm", 768, cast_first=True), NormForm("rmsnorm", 64, cast_first=True)
-    need = Need(op, device, dtype, heads=12, kv_heads=12, head_dim=64)
+    need = Need(op, device, dtype, heads=12, kv_heads=12, head_dim=64, features=(768, 3072))
     if op in ("norm", "sharded_norm"):
         return Need(op, device, dtype, norms=(wide,), sharded=op == "sharded_norm")
     if op in ("activation", "act_stats"):
@@ -235,7 +245,7 @@ def difference(offer: Offer, need: Need, device: str, rows: tuple[int, int] = (5
     """The largest difference of an offer from the reference, relative to the largest value of each tensor."""
     reference = next(one for one in offers(need.op) if one.backend == "torch")
     example = EXAMPLES[need.op](need, _Draw(seed, rows))
-    exact = replace(need, device="cpu", dtype=torch.float64)
+    exact = replace(need, device="cpu", dtype=torch.float64, quantize="")
     wanted = run(reference.make(exact), example, need.dtype, torch.float64, "cpu")
     got = run(offer.make(need), example, need.dtype, need.dtype, device)
     if [x.shape for x in got] != [x.shape for x in wanted]:
@@ -255,6 +265,6 @@ def verify(offer: Offer, need: Need) -> Refusal:
         except Exception as error:  # whatever a compiler or a library throws: it cannot serve here
             first = (str(error).splitlines() or [""])[0]
             return f"does not run on this machine ({type(error).__name__}: {first})"
-    if found <= TOLERANCE[need.dtype]:
+    if found <= tolerance(need):
         return None
     return f"differs from the reference by {found:.1e} on this machine (kernels.check)"

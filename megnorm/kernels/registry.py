@@ -48,6 +48,9 @@ class Need:
 
     kind: an activation's name. gated: it multiplies a second input. norms: of the operation, in order (None: absent).
     heads, kv_heads: on this rank. mask: a mask beside causality (padding). packed: documents that do not see each other.
+    features: of a product, in and out, on this rank; biased: it adds a bias; tokens: its rows in a micro-batch (0: not known);
+    quantize: the recipe (kernels.fp8), "" for none.
+
     dropout: of attention weights. deterministic: the same bits every run. capture: it will run in a CUDA graph.
     """
 
@@ -63,6 +66,10 @@ class Need:
     head_dim: int = 0
     mask: bool = False
     packed: bool = False
+    features: tuple[int, int] = (0, 0)
+    biased: bool = False
+    tokens: int = 0
+    quantize: str = ""
     dropout: bool = False
     deterministic: bool = False
     capture: bool = False
@@ -142,6 +149,9 @@ def choose(
         refusals.append((candidate.backend, reason))
     known = ", ".join(sorted({o.backend for o in offers(need.op)}))
     why = "; ".join(f"{backend}: {reason}" for backend, reason in refusals)
+    if wanted is None:
+        key = f"kernels.fp8={need.quantize}" if need.quantize else "kernels"
+        raise ValueError(f"{key}: nothing on this machine serves the operation '{need.op}' ({why})")
     raise ValueError(
         f"kernels.prefer.{need.op}: backend '{wanted}' "
         + (f"refuses ({why}); remove the preference" if refusals else f"is not known; there is {known}")
@@ -163,3 +173,14 @@ def summary() -> list[str]:
         f"{op}: " + "; ".join(backend + (f" ({', '.join(sorted(why))})" if why else "") for backend, why in by.items())
         for op, by in sorted(served.items())
     ]
+
+
+def check_agreement(mine: Mapping[Need, str], other: Mapping[str, str]) -> None:
+    """Compare this rank's choices with those of another (need in words -> backend). Raises ValueError where they differ."""
+    for need, backend in mine.items():
+        theirs = other.get(str(need), backend)
+        if theirs != backend:
+            raise ValueError(
+                f"kernels: '{need.op}' is served by {backend} on one rank and by {theirs} on another; install the same "
+                f"libraries everywhere, or set kernels.prefer.{need.op}"
+            )

@@ -190,6 +190,16 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
     return out.permute(2, 0, 1, 3)
 
 
+def _refuse_quantized(need: Need) -> str | None:
+    return "multiplies in the dtype of activations" if need.quantize else None
+
+
+@offer("linear", "torch", 0, _refuse_quantized)
+def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """fn(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
+    return F.linear
+
+
 @offer("activation", "torch", 0, _serves_all)
 def make_activation(need: Need) -> Callable[..., Tensor]:
     """fn(x) -> act(x) by name; gated: fn(gate, up) -> act(gate) * up."""

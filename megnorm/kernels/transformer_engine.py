@@ -1,7 +1,7 @@
-"""Transformer Engine: norms, attention (dense and packed), cross entropy over a split vocabulary.
+"""Transformer Engine: norms, attention (dense and packed), FP8 products, cross entropy over a split vocabulary.
 
-Its modules own their parameters; ours lie in our layers, with their layouts. So a norm's module is built on ``meta`` and is
-lent our parameters when it is called.
+Its modules own their parameters; ours lie in our layers, with their layouts. So a module is built on ``meta`` and is lent our
+parameters when it is called. Collectives stay ours too: its linear layer multiplies what a rank holds.
 """
 
 import os
@@ -34,6 +34,28 @@ LOSS = library(
         "transformer-engine 2.2 or newer has it",
     )
 )
+
+FP8 = library(
+    Library(
+        "transformer_engine FP8",
+        "transformer-engine",
+        (
+            (("transformer_engine.pytorch",), ("Linear", "autocast")),
+            (
+                ("transformer_engine.common.recipe",),
+                ("Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
+            ),
+        ),
+        "transformer-engine 2.9 or newer has it",
+        capability=(8, 9),
+    )
+)
+# recipe: its class, the function that says whether the device has it, and what sizes must be multiples of
+RECIPES = {
+    "current": ("Float8CurrentScaling", "is_fp8_available", 16),
+    "block": ("Float8BlockScaling", "is_fp8_block_scaling_available", 16),
+    "mxfp8": ("MXFP8BlockScaling", "is_mxfp8_available", 32),
+}
 
 
 def _on_cuda(need: Need, which: Library = TE) -> Refusal:
@@ -161,3 +183,47 @@ def make_loss(need: Need) -> Callable[..., Tensor]:
         return out
 
     return loss
+
+
+def refuse_linear(need: Need) -> Refusal:
+    if not need.quantize:
+        return _on_cuda(need, FP8)
+    if not low_precision(need):
+        return "quantizes bf16 and fp16 (train.precision)"
+    kind, available, step = RECIPES[need.quantize]
+    if any(size % step for size in need.features):
+        sizes = f"{need.features[0]} by {need.features[1]}"
+        return f"{need.quantize} needs multiples of {step} on each rank, and a product here is {sizes}"
+    if need.tokens % step:
+        return (
+            f"{need.quantize} needs a multiple of {step} tokens in a micro-batch, not {need.tokens}: "
+            "train.micro_batch * train.sequence_length"
+        )
+    reason = _on_cuda(need, FP8)
+    if reason is not None:
+        return reason
+    has, why = getattr(FP8.module(), available)(return_reason=True)
+    return None if has else str(why)
+
+
+# Without quantization it is one more way to call cuBLAS: it serves who asks for it.
+@offer("linear", BACKEND, -1, refuse_linear)
+def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    te = FP8.module()
+    recipe = getattr(FP8.module(1), RECIPES[need.quantize][0])() if need.quantize else None
+    module: list[Any] = []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not module:
+            out_features, in_features = weight.shape
+            made = te.Linear(in_features, out_features, bias=bias is not None, params_dtype=need.dtype, device="meta")
+            module.append(made.requires_grad_(False))
+        module[0]._parameters["weight"] = weight
+        if bias is not None:
+            module[0]._parameters["bias"] = bias
+        # No first micro-batch is named: weights are quantized anew in each, and gradients are ours to add up.
+        with te.autocast(enabled=recipe is not None, recipe=recipe):
+            y: Tensor = module[0](x)
+        return y
+
+    return linear

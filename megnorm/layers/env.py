@@ -1,7 +1,7 @@
 """What every layer is built with, and what every layer is called with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Env:
     """Where and of what a layer is built: mesh, dtype of parameters, which kernels, dropout's masks, recompute.
 
     compute: dtype of activations, for which kernels are chosen; None: dtype. (Weights start in fp32 and are lowered later.)
-    packed: rows will be packed documents.
+    packed: rows will be packed documents. tokens: of a micro-batch; 0: not known. quantize: the recipe of FP8 products here.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -30,6 +30,8 @@ class Env:
     compute: torch.dtype | None = None
     recompute: Recompute = field(default_factory=Recompute)
     packed: bool = False
+    tokens: int = 0
+    quantize: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -43,6 +45,13 @@ class Env:
         """The implementation of an op that joins several; None where the reference, the layer's own steps, serves it."""
         backend, fn = backends.chosen(self._need(op, detail), self.kernels)
         return None if backend == "torch" else fn
+
+    def block(self, index: int, layers: int) -> "Env":
+        """For block ``index`` of a model: those in the middle multiply in FP8 if the run asks for it."""
+        first, last = self.kernels.fp8_spare
+        if self.kernels.fp8 is None or not first <= index < layers - last:
+            return self
+        return replace(self, quantize=self.kernels.fp8)
 
     @property
     def working(self) -> torch.dtype:

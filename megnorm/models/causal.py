@@ -52,7 +52,9 @@ class CausalLM(nn.Module):
         elif self.last and cfg.tied_head:
             token = TokenEmbedding(cfg, padded_vocab, env, shared=True, copy=True)
             self.add_module("embed", nn.ModuleDict({"token": token}))  # under the name of the first stage's
-        self.blocks = nn.ModuleDict({str(i): Block(resolved.layers[i], cfg, env, i) for i in range(begin, end)})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(resolved.layers[i], cfg, env.block(i, cfg.layers), i) for i in range(begin, end)}
+        )
         if self.last:
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
             self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)

@@ -10,6 +10,7 @@ from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.batch import Batch
 from megnorm.data.choose import open_split
 from megnorm.data.loader import Loader
+from megnorm.kernels import registry
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
@@ -74,6 +75,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         valid_data = open_data(plan, "valid") if config.train.eval_batches else None
     mesh = mesh_of(plan, device)
     stages, rng = build_stages(plan, mesh)
+    _agree_on_kernels(mesh)
     flat = flatten(plan, mesh, stages)
     return Run(
         plan,
@@ -98,6 +100,16 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         barrier=own_barrier(),
         guard=Guard(config.train.guard),
     )
+
+
+def _agree_on_kernels(mesh: Mesh) -> None:
+    """Every rank of an accelerator takes the same kernels. Raises ValueError: one rank's machine lacks a library."""
+    if mesh.device.type == "cpu":  # the reference alone
+        return
+    mine = {choice.need: choice.backend for choice in registry.report()}
+    for axis in (mesh.tp, mesh.dp, mesh.pp):
+        for other in gather_objects({str(need): backend for need, backend in mine.items()}, axis):
+            registry.check_agreement(mine, other)
 
 
 def mesh_of(plan: Plan, device: torch.device) -> Mesh:
@@ -127,6 +139,7 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
         compute,
         recompute,
         packed=config.data.separate_documents,
+        tokens=config.train.micro_batch * config.train.sequence_length,
     )
     stages = {
         index: build_model(

@@ -30,6 +30,6 @@ def test_agrees_with_the_reference(offer: registry.Offer, dtype: torch.dtype) ->
         for seed, rows in enumerate([(5, 3), (1, 1), (130, 2)]):
             found = check.difference(offer, need, "cuda", rows=rows, seed=seed)
             # The reference rounds between its steps, which a joined kernel need not.
-            assert found <= check.TOLERANCE[dtype] * (3 if offer.backend == "torch" else 1), (need, found)
+            assert found <= check.tolerance(need) * (3 if offer.backend == "torch" else 1), (need, found)
     if not served:
         pytest.skip("; ".join(sorted(set(reasons))))

@@ -198,6 +198,68 @@ class DotProductAttention(nn.Module):
         return out.permute(2, 0, 1, 3).flatten(-2)
 
 
+class Linear(nn.Module):
+    """Parameters of its own; rounds weight, input and gradients to FP8 while autocast is on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        given = record("transformer_engine.pytorch.Linear", args, kwargs)
+        assert given.get("parallel_mode") is None and given.get("tp_size", 1) == 1, "collectives are ours"
+        make = {"device": given["device"], "dtype": given["params_dtype"]}
+        self.weight = nn.Parameter(torch.empty(given["out_features"], given["in_features"], **make))
+        self.biased = given["bias"]
+        if self.biased:
+            self.bias = nn.Parameter(torch.empty(given["out_features"], **make))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = bind("transformer_engine.pytorch.Linear", args, kwargs, "forward")
+        assert given.get("is_first_microbatch") is None, "else a first micro-batch overwrites gradients"
+        x = given["inp"]
+        assert x.dtype == self.weight.dtype and self.weight.device.type != "meta"
+        CALLS.append(("Linear.forward", {"recipe": autocast.now}))
+        if autocast.now is None:
+            return F.linear(x, self.weight, self.bias if self.biased else None)
+        assert x.shape[:-1].numel() % 8 == 0 and all(size % 16 == 0 for size in self.weight.shape)
+        y = _round(x) @ _round(self.weight).t()
+        return y + self.bias if self.biased else y
+
+
+def _round(x: Tensor) -> Tensor:
+    """To e4m3 with one scale, with the gradient of the identity."""
+    scale = 448.0 / x.detach().abs().max().float()
+    return x + ((x.detach().float() * scale).to(torch.float8_e4m3fn).float() / scale - x.detach()).to(x.dtype)
+
+
+class autocast:
+    now: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.given = record("transformer_engine.pytorch.autocast", args, kwargs)
+
+    def __enter__(self) -> None:
+        autocast.now = self.given["recipe"] if self.given["enabled"] else None
+        assert autocast.now is not None or not self.given["enabled"], "the default recipe keeps a history"
+
+    def __exit__(self, *error: Any) -> None:
+        autocast.now = None
+
+
+def recipe(name: str) -> Any:
+    def make(*args: Any, **kwargs: Any) -> str:
+        record(f"transformer_engine.common.recipe.{name}", args, kwargs)
+        return name
+
+    return make
+
+
+def available(name: str) -> Any:
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        given = bind(f"transformer_engine.pytorch.{name}", args, kwargs)
+        return (True, "") if given.get("return_reason") else True
+
+    return ask
+
+
 def apex_function(name: str, *, rms: bool) -> Any:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         given = record(f"apex.normalization.fused_layer_norm.{name}", args, kwargs, positional=5)
@@ -230,12 +292,20 @@ def liger_function(name: str) -> Any:
 
 def modules() -> dict[str, ModuleType]:
     """Everything by import path."""
-    te = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm, "DotProductAttention": DotProductAttention}
+    te = {one.__name__: one for one in (LayerNorm, RMSNorm, DotProductAttention, Linear, autocast)}
+    asked = ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available")
+    recipes = ("Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
     three, four = "flash_attn_interface", "flash_attn.cute"
     apex_norms = ("fused_layer_norm", "fused_layer_norm_affine", "fused_rms_norm", "fused_rms_norm_affine")
     contents: dict[str, dict[str, Any]] = {
         "transformer_engine": {},
-        "transformer_engine.pytorch": {**te, "parallel_cross_entropy": te_cross_entropy},
+        "transformer_engine.common": {},
+        "transformer_engine.common.recipe": {n: recipe(n) for n in recipes},
+        "transformer_engine.pytorch": {
+            **te,
+            **{n: available(n) for n in asked},
+            "parallel_cross_entropy": te_cross_entropy,
+        },
         "flash_attn": _flash("flash_attn"),
         "flash_attn.ops": {},
         "flash_attn.ops.triton": {},

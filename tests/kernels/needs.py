@@ -50,4 +50,9 @@ def needs(op: str, dtype: torch.dtype, device: str = "cuda") -> list[Need]:
     if op == "attention":
         even = replace(heads, head_dim=16)
         return [even, replace(even, packed=True), replace(even, mask=True), replace(even, kv_heads=6)]
+    if op == "linear":
+        plain = replace(base, features=(48, 32), tokens=64)
+        low = [replace(plain, quantize=recipe) for recipe in ("current", "block")] if dtype == torch.bfloat16 else []
+        mx = [replace(plain, features=(64, 32), quantize="mxfp8")] if dtype == torch.bfloat16 else []
+        return [plain, replace(plain, biased=True), *low, *(replace(need, biased=True) for need in mx)]
     return [heads]

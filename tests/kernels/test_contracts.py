@@ -40,7 +40,7 @@ def test_agrees_with_the_reference(offer: registry.Offer) -> None:
     for seed, need in enumerate(served):
         fakes.CALLS.clear()
         found = check.difference(offer, need, "cpu", seed=seed)
-        assert found <= check.TOLERANCE[need.dtype], (need, found)
+        assert found <= check.tolerance(need), (need, found)
         assert fakes.CALLS, "the library was not called"
 
 
@@ -100,3 +100,23 @@ def test_an_explicit_wish_is_served(ops: tuple[str, str]) -> None:
     op, backend = ops
     need = next(n for n in needs(op, torch.bfloat16) if not n.mask and not (n.norms and n.norm.gain == "none"))
     assert registry.choose(need, {op: backend}).backend == backend
+
+
+def test_fp8_is_served_or_refused() -> None:
+    """By its recipe, with the sizes it needs; never by a product in another precision."""
+    base = next(n for n in needs("linear", torch.bfloat16) if n.quantize == "current")
+    te = next(o for o in registry.offers("linear") if o.backend == "transformer_engine")
+    chosen = registry.choose(base, {})
+    assert chosen.backend == "transformer_engine"
+    for recipe, name in (("current", "Float8CurrentScaling"), ("block", "Float8BlockScaling")):
+        fakes.CALLS.clear()
+        check.difference(te, replace(base, quantize=recipe), "cpu")
+        assert ("Linear.forward", {"recipe": name}) in fakes.CALLS
+    assert "multiples of 16" in str(te.refuse(replace(base, features=(48, 24))))
+    assert "multiples of 32" in str(te.refuse(replace(base, quantize="mxfp8")))
+    assert "train.micro_batch" in str(te.refuse(replace(base, tokens=24)))
+    assert "train.precision" in str(te.refuse(replace(base, dtype=torch.float32)))
+    del sys.modules["transformer_engine.pytorch"].autocast
+    libraries.probe.cache_clear()
+    with pytest.raises(ValueError, match="kernels.fp8=current: nothing on this machine serves.*2.9 or newer"):
+        registry.choose(base, {})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megnorm.config import load
 from megnorm.kernels import backends, check, registry
 from megnorm.kernels.config import KernelConfig
 from megnorm.kernels.registry import Need, NormForm, Offer
@@ -16,6 +17,7 @@ from megnorm.models.causal import CausalLM, Tokens, build_model
 from megnorm.models.config import ModelConfig
 from megnorm.norms import registry as schemes
 from megnorm.norms.config import NormConfig
+from megnorm.plan import PlanError, make_plan
 from tests.kernels.needs import needs
 
 assert backends.REFERENCE and loss.make_cross_entropy
@@ -83,6 +85,9 @@ def test_every_operation_has_its_reference(op: str) -> None:
     reference = next(offer for offer in registry.offers(op) if offer.backend == "torch")
     for dtype in (torch.float32, torch.bfloat16):
         for need in needs(op, dtype, "cpu"):
+            if need.quantize:
+                assert reference.refuse(need) == "multiplies in the dtype of activations"
+                continue
             assert reference.refuse(need) is None
             if dtype == torch.bfloat16 and any(form is not None and form.kind == "derf" for form in need.norms):
                 continue  # the gradient of its scalars is a sum that cancels
@@ -116,41 +121,55 @@ def _results(model: CausalLM, batch: Tokens) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-JOINED: set[str] = set()
 # what no scheme has: an output norm under a post norm
 BOTH = ("postln", {"all_layers": {"ffn": {"output": {}}, "attention": {"output": {"scale": 0.5}}}})
 
 
-@pytest.mark.parametrize("scheme", [*schemes.names(), BOTH], ids=str)
-def test_joined_operations_mean_the_same(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scheme with every joined operation, the reference's own, in place of the layer's steps."""
-    scheme, patch = (scheme, None) if isinstance(scheme, str) else scheme
-    options: dict[str, Any] = {"activation": "gelu", "bias": True} if len(scheme) % 2 else {}
-    options["patch"] = patch
-    wanted = _results(*_model(scheme, **options))
-    used = []
+def _joined(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Let the reference's own joined operations serve from now on; which ones do."""
+    used: set[str] = set()
 
     def fused(self: Env, op: str, **detail: Any) -> Callable[..., Any]:
         fn = self.kernel(op, **detail)
 
         def counted(*args: Any) -> Any:
-            used.append(op)
+            used.add(op)
             return fn(*args)
 
         return counted
 
     monkeypatch.setattr(Env, "fused", fused)
+    return used
+
+
+@pytest.mark.parametrize("scheme", [*schemes.names(), BOTH], ids=str)
+def test_joined_operations_mean_the_same(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scheme with every joined operation in place of the layer's steps."""
+    scheme, patch = (scheme, None) if isinstance(scheme, str) else scheme
+    options: dict[str, Any] = {"activation": "gelu", "bias": True} if len(scheme) % 2 else {}
+    options["patch"] = patch
+    wanted = _results(*_model(scheme, **options))
+    _joined(monkeypatch)
     got = _results(*_model(scheme, **options))
-    JOINED.update(used)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_all_joined_operations_were_met() -> None:
-    """Over all schemes above."""
-    if len(JOINED) == 0:
-        pytest.skip("needs the tests before it in the same process")
-    assert {"add_norm", "norm_add", "norm_add_norm", "qkv_norm_rope", "act_stats"} == JOINED
+@pytest.mark.parametrize(
+    ("scheme", "ops"),
+    [
+        ("preln", {"add_norm"}),
+        ("deepnorm", {"add_norm"}),
+        ("sandwich", {"norm_add", "norm_add_norm"}),
+        ("hybridnorm", {"add_norm", "qkv_norm_rope"}),
+        ("normformer", {"norm_add_norm", "act_stats"}),
+    ],
+)
+def test_what_a_scheme_can_join(scheme: str, ops: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    used = _joined(monkeypatch)
+    model, batch = _model(scheme)
+    model(batch)
+    assert used - {"linear"} == ops
 
 
 def test_a_watched_norm_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +192,31 @@ def test_env_names_the_backend_that_serves() -> None:
     assert env.fused("add_norm", norms=(NormForm("rmsnorm", 8),)) is None
     with pytest.raises(ValueError, match="kernels.prefer.add_norm: backend 'triton' refuses"):
         Env(kernels=KernelConfig(prefer={"add_norm": "triton"})).fused("add_norm", norms=(NormForm("rmsnorm", 8),))
+
+
+def test_ranks_must_agree() -> None:
+    mine = {NORM: "triton"}
+    registry.check_agreement(mine, {str(NORM): "triton"})
+    registry.check_agreement(mine, {"another stage's need": "torch"})
+    with pytest.raises(ValueError, match="'norm' is served by triton on one rank and by torch on another"):
+        registry.check_agreement(mine, {str(NORM): "torch"})
+
+
+def test_fp8_spares_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = Env(kernels=KernelConfig(fp8="current", fp8_spare=(1, 2)))
+    assert [env.block(i, 6).quantize for i in range(6)] == ["", "current", "current", "current", "", ""]
+    with pytest.raises(ValueError, match="kernels.fp8=current: nothing on this machine serves"):
+        env.block(1, 6).fused("linear", features=(64, 64), quantize="current")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["kernels.fp8=current", "train.precision=fp32"], "quantizes bf16"),
+        (["kernels.fp8=current", "train.precision=bf16", "train.recompute=[block]"], "take block off train.recompute"),
+        (["kernels.fp8=block", "train.precision=bf16", "kernels.fp8_spare=[6,6]"], "leaves none of model.layers"),
+    ],
+)
+def test_fp8_is_refused_where_it_means_nothing(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(PlanError, match=sentence):
+        make_plan(load(None, overrides), 1)
