@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ class RunConfig:
     kernels: KernelConfig = field(default_factory=KernelConfig)
 
 
+MAX_BYTES, MAX_VALUES = 4 << 20, 100_000  # of a YAML file
+
+
 class ConfigError(ValueError):
     """A config that cannot be read; the message names file, key and remedy."""
 
@@ -68,7 +72,7 @@ def from_dict(data: Mapping[str, Any], source: str) -> RunConfig:
             raise ConfigError(f"{source}: {first['ctx']['error']}") from None
         where = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
         given = first.get("input")
-        raise ConfigError(f"{source}: {where}: {first['msg']}; it is {given!r}") from None
+        raise ConfigError(f"{source}: {where}: {first['msg']}; it is {reprlib.repr(given)}") from None
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -88,10 +92,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
                 raise yaml.composer.ComposerError(None, None, f"the key '{key}' stands twice", node.start_mark)
+            seen.add(key)
         return node
 
 
@@ -112,13 +117,15 @@ def _adapter() -> TypeAdapter[RunConfig]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: a config is not larger than {MAX_BYTES >> 20} MiB")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        data = yaml.load(text, _Loader)
+        data = _parsed(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     if data is None:
@@ -130,9 +137,34 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, override: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return _parsed(text)
     except yaml.YAMLError:
         raise ConfigError(f"'{override}': the value is broken YAML; quote it") from None
+
+
+def _parsed(text: str) -> Any:
+    """YAML as plain values. Raises YAMLError, also for what is nested deep or grows huge through its aliases."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep, or in itself") from None
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Values in a node, those behind an alias as often as it stands there."""
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ()
+        flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in flat)
+    return known[id(node)]
 
 
 def _set(data: dict[str, Any], key: str, value: Any, override: str) -> None:

@@ -7,9 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/env.sh || exit 1
 export OMP_NUM_THREADS=1
 
-marks="not full and not gpu"
+marks="not full and not exhaustive and not gpu"
 if [[ "${1:-}" == "--full" ]]; then
-    marks="not gpu"
+    marks="not exhaustive and not gpu"
     shift
 fi
 

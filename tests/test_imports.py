@@ -30,7 +30,15 @@ RULES: dict[str, set[str]] = {
     "config": set(),
     "hf": BELOW_TRAIN,
     "infer": BELOW_TRAIN | {"hf"},  # generates from exported folders too
-    "plan": {"config", "norms", "optim.schedule", "parallel.schedule", "parallel.balance", "hf.families"},
+    "plan": {
+        "config",
+        "norms",
+        "optim.schedule",
+        "parallel.schedule",
+        "parallel.balance",
+        "models.count",
+        "hf.families",
+    },
     "train": BELOW_TRAIN | {"hf", "infer", "plan"},
     "cli": BELOW_TRAIN | {"hf", "infer", "plan", "train"},
     "__main__": {"cli"},
@@ -38,7 +46,16 @@ RULES: dict[str, set[str]] = {
 # these may read every package's options, and nothing of them but the options
 READS_OPTIONS = {"config", "plan"}
 # may not reach torch by any chain of imports; export turns tensors, so the files of hf may name it inside functions
-TORCH_FREE = ("norms.", "config", "plan", "optim.schedule", "parallel.schedule", "parallel.balance", "hf.families.")
+TORCH_FREE = (
+    "norms.",
+    "config",
+    "plan",
+    "optim.schedule",
+    "parallel.schedule",
+    "parallel.balance",
+    "models.count",
+    "hf.families.",
+)
 
 REQUIRED = {
     "matplotlib",

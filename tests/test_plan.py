@@ -8,12 +8,13 @@ from megnorm import config as configs
 from megnorm.metrics.throughput import flops_per_token
 from megnorm.models.causal import build_model
 from megnorm.models.config import ModelConfig
+from megnorm.models.count import count_parameters
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.schedule import check, make_schedule
-from megnorm.plan import Plan, PlanError, count_parameters, make_plan, unit_costs
+from megnorm.plan import Plan, PlanError, make_plan, unit_costs
 from megnorm.train.commands import describe
 
 SIZES = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, ffn=24, vocab_size=31, max_positions=8)

@@ -71,13 +71,13 @@ def scheme_name(case: Case) -> str:
     return norm.scheme + (f"({options})" if options else "") + (" patched" if norm.patch else "") + kind
 
 
-def check(path: Path, name: str, *, tp: int = 1, say: Callable[[str], None] = lambda text: None) -> Line:
-    """Read, run and judge one golden. say: takes the text of --verbose. With tp > 1 every rank must call it."""
+def check(path: Path, name: str, *, tp: int = 1, pp: int = 1, say: Callable[[str], None] = lambda text: None) -> Line:
+    """Read, run and judge one golden. say: takes the text of --verbose. With tp or pp above 1 every rank must call it."""
     scheme, mesh = "-", None
     try:
         case = load(path)
         scheme = scheme_name(case)
-        mesh = mesh_of(case, tp) if tp > 1 else None
+        mesh = mesh_of(case, tp, pp) if tp * pp > 1 else None
         say(cases.to_yaml(case.model))
         errors = run(case, mesh)
     except NotCovered as reason:
@@ -100,13 +100,13 @@ def check(path: Path, name: str, *, tp: int = 1, say: Callable[[str], None] = la
     return Line(name, "fail" if over else "pass", scheme, errors, "; ".join(over))
 
 
-def check_all(folder: Path, *, tp: int = 1, verbose: bool = False, out: bool = True) -> int:
+def check_all(folder: Path, *, tp: int = 1, pp: int = 1, verbose: bool = False, out: bool = True) -> int:
     """Check every golden under ``folder``; print if ``out``. Returns the exit status."""
     say: Callable[[str], None] = print if verbose and out else lambda text: None
     counts = {"pass": 0, "fail": 0, "not covered": 0}
     for path in cases.find(folder):
         name = path.name if path == folder else path.relative_to(folder).as_posix().removesuffix(".json")
-        line = check(path, name, tp=tp, say=say)
+        line = check(path, name, tp=tp, pp=pp, say=say)
         counts[line.status] += 1
         if out:
             print(line, flush=True)
@@ -117,25 +117,25 @@ def check_all(folder: Path, *, tp: int = 1, verbose: bool = False, out: bool = T
     return 1 if counts["fail"] else 0 if any(counts.values()) else 2
 
 
-def _rank(rank: int, tp: int, port: int, folder: Path, verbose: bool) -> None:
-    """One rank of a tensor-parallel group: all ranks check the same goldens, rank 0 prints."""
+def _rank(rank: int, tp: int, pp: int, port: int, folder: Path, verbose: bool) -> None:
+    """One rank of many: all check the same goldens, rank 0 prints."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=tp)
-    status = check_all(folder, tp=tp, verbose=verbose, out=rank == 0)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=tp * pp)
+    status = check_all(folder, tp=tp, pp=pp, verbose=verbose, out=rank == 0)
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(FINISHED + status)
 
 
-def _start_ranks(tp: int, folder: Path, verbose: bool) -> int:
-    """Check on ``tp`` processes of our own. Returns rank 0's exit status, or 1 if a rank died."""
+def _start_ranks(tp: int, pp: int, folder: Path, verbose: bool) -> int:
+    """Check on ``tp * pp`` processes of our own. Returns rank 0's exit status, or 1 if a rank died."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     ranks: list[BaseProcess] = [
-        context.Process(target=_rank, args=(rank, tp, port, folder, verbose)) for rank in range(tp)
+        context.Process(target=_rank, args=(rank, tp, pp, port, folder, verbose)) for rank in range(tp * pp)
     ]
     for process in ranks:
         process.start()
@@ -150,7 +150,7 @@ def _start_ranks(tp: int, folder: Path, verbose: bool) -> int:
         process.join()
     dead = [f"rank {rank}" for rank, code in enumerate(codes) if code not in (None, *finished)]
     if dead:
-        print(f"{', '.join(dead)} of {tp} ended early (exit codes {codes}); the run is void", file=sys.stderr)
+        print(f"{', '.join(dead)} of {tp * pp} ended early (exit codes {codes}); the run is void", file=sys.stderr)
         return 1
     return int(codes[0] or FINISHED) - FINISHED
 
@@ -166,10 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no folder {given.folder}")
     if given.tp < 1 or given.pp < 1:
         parser.error("--tp and --pp count ranks; give 1 or more")
-    if given.pp > 1:
-        parser.error("--pp: megnorm has no pipelines yet; leave it out or give 1")
-    if given.tp > 1:
-        return _start_ranks(given.tp, given.folder, given.verbose)
+    if given.tp * given.pp > 1:
+        return _start_ranks(given.tp, given.pp, given.folder, given.verbose)
     torch.set_num_threads(1)
     return check_all(given.folder, verbose=given.verbose)
 

@@ -17,6 +17,7 @@ from megnorm.data.errors import DataError
 SHOWN = 5  # bad lines that are told one by one
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 1 << 20
+PIECE = 1 << 10  # compressed bytes taken at a time: a zstd block of 4 bytes can stand for 128 KiB of zeros
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
-            packed = self.left or self.raw.read(BLOCK)
+            packed = self.left or self.raw.read(PIECE)
             self.left = b""
             if not packed:
                 if self.frame is not None:

@@ -184,25 +184,25 @@ class IndexedDataset:
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Elements start .. start + count, counted from the head of .bin."""
-        self._require(start, count)
+        if not 0 <= start <= start + count <= self.total:
+            raise DataError(f"{self.bin}: elements {start} to {start + count} asked for, it has {self.total}.")
         if self.mapped:
             return self.tokens[start : start + count]
         size = self.dtype.itemsize
         return np.frombuffer(self.bin_file.read(start * size, count * size), dtype=self.dtype)
 
-    def _require(self, start: int, count: int) -> None:
-        if not 0 <= start <= start + count <= self.total:
-            raise DataError(f"{self.bin}: elements {start} to {start + count} asked for, it has {self.total}.")
-
-    def read_many(self, starts: Sequence[int], counts: Sequence[int]) -> Sequence[NDArray[Any]]:
-        """Several pieces; from an object store all at once, since each read waits."""
+    def read_many(self, starts: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
+        """Several pieces, one behind the other; from an object store all at once, since each read waits."""
+        ends = starts + counts
+        if starts.min(initial=0) < 0 or counts.min(initial=0) < 0 or ends.max(initial=0) > self.total:
+            raise DataError(f"{self.bin}: elements {starts.min()} to {ends.max()} asked for, it has {self.total}.")
         if self.mapped:
-            return [self.read(start, count) for start, count in zip(starts, counts, strict=True)]
-        for start, count in zip(starts, counts, strict=True):
-            self._require(start, count)
+            tokens = self.tokens
+            parts = [tokens[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+            return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
         size = self.dtype.itemsize
-        found = self.bin_file.read_many([start * size for start in starts], [count * size for count in counts])
-        return [np.frombuffer(content, dtype=self.dtype) for content in found]
+        found = self.bin_file.read_many((starts * size).tolist(), (counts * size).tolist())
+        return np.frombuffer(b"".join(found), dtype=self.dtype)
 
     def identity(self) -> str:
         """Tells data sets apart by what they hold, wherever they lie: sizes, and both ends of lengths and elements."""

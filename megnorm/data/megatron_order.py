@@ -17,7 +17,7 @@ from megnorm.data.cache import cached
 from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
 from megnorm.data.indexed import IndexedDataset
-from megnorm.data.samples import too_few
+from megnorm.data.samples import by_source, too_few
 from megnorm.data.storage import is_remote
 
 CHUNK = 1 << 13  # sequences whose samples are cut at a time
@@ -127,35 +127,36 @@ class GPTSamples:
     def __len__(self) -> int:
         return len(self.shuffle)
 
-    def pieces(self, index: int) -> list[tuple[int, int]]:
-        """(first element in .bin, count) of every piece of sample ``index`` in shuffled order."""
-        sample = int(self.shuffle[index])
-        (first, begin), (last, end) = self.cuts[sample].tolist(), self.cuts[sample + 1].tolist()
-        sequences = self.documents[first : last + 1]
-        starts = (self.data.pointers[sequences] // self.data.dtype.itemsize).tolist()
-        if first == last:
-            return [(starts[0] + begin, end - begin + self.extra)]
-        counts = self.data.lengths[sequences].tolist()
-        counts[-1] = end + self.extra
-        counts[0] -= begin
-        starts[0] += begin
-        return list(zip(starts, counts, strict=True))
+    def pieces(self, numbers: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Where samples lie, by their numbers in shuffled order: first element in .bin and count of every piece, and the
+        place of each sample's first piece among them."""
+        samples = self.shuffle[numbers].astype(np.int64)
+        first, begin = self.cuts[samples].astype(np.int64).T
+        last, end = self.cuts[samples + 1].astype(np.int64).T
+        many = last - first + 1
+        heads = np.cumsum(many) - many
+        sequences = self.documents[np.arange(many.sum()) - np.repeat(heads - first, many)]
+        starts = self.data.pointers[sequences] // self.data.dtype.itemsize
+        counts = self.data.lengths[sequences].astype(np.int64)
+        counts[heads + many - 1] = end + self.extra
+        counts[heads] -= begin
+        starts[heads] += begin
+        return starts, counts, heads
 
-    def fill(self, out: NDArray[Any], rows: Sequence[tuple[int, list[tuple[int, int]]]]) -> None:
-        """Write (row, pieces) into out [.., L + extra], padded where the pieces are shorter."""
-        flat = [piece for _, pieces in rows for piece in pieces]
-        found = iter(self.data.read_many([start for start, _ in flat], [count for _, count in flat]))
-        for row, pieces in rows:
-            place, line = 0, out[row]
-            for _, count in pieces:
-                line[place : place + count] = next(found)
-                place += count
-            line[place:] = self.pad
+    def read(self, numbers: NDArray[Any]) -> NDArray[np.int64]:
+        """Tokens [len(numbers), L + extra], padded where a sample is shorter."""
+        starts, counts, heads = self.pieces(numbers)
+        flat = self.data.read_many(starts, counts)
+        width = self.length + self.extra
+        if len(flat) == len(heads) * width:
+            return flat.reshape(-1, width).astype(np.int64)
+        out = np.full((len(heads), width), self.pad, np.int64)
+        out[np.arange(width) < np.add.reduceat(counts, heads)[:, None]] = flat
+        return out
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        out = np.empty((1, self.length + self.extra), np.int64)
-        self.fill(out, [(0, self.pieces(index))])
-        return out[0]
+    def __getitem__(self, number: int) -> NDArray[np.int64]:
+        row: NDArray[np.int64] = self.read(np.array([number]))[0]
+        return row
 
 
 class MegatronOrder:
@@ -227,35 +228,34 @@ class MegatronOrder:
     def samples(self) -> int:
         return len(self.blend["dataset_index"]) if self.blend else len(self.parts[0])
 
-    def _find(self, ids: NDArray[np.int64]) -> list[tuple[int, int]]:
+    def _find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Data set and number in it of each id."""
-        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
+        low, high = int(ids.min(initial=0)), int(ids.max(initial=-1))
         if low < 0 or high >= self.samples:
             raise DataError(
-                f'sample {high if low >= 0 else low} asked for, the index of order "megatron" holds {self.samples}: it is '
+                f'sample {low if low < 0 else high} asked for, the index of order "megatron" holds {self.samples}: it is '
                 "sized by the steps of the run; set train.steps to all steps."
             )
         if self.blend is None:
-            return [(0, number) for number in ids.tolist()]
-        source, number = (self.blend[name][ids].tolist() for name in ("dataset_index", "dataset_sample_index"))
-        return list(zip(source, number, strict=True))
+            return np.zeros(len(ids), np.int64), ids
+        return self.blend["dataset_index"][ids].astype(np.int64), self.blend["dataset_sample_index"][ids]
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [len(ids), L + 1]."""
+        source, number = self._find(ids)
         out = np.empty((len(ids), self.length + 1), np.int64)
-        wanted: dict[int, list[tuple[int, list[tuple[int, int]]]]] = {}
-        for row, (source, number) in enumerate(self._find(ids)):
-            wanted.setdefault(source, []).append((row, self.parts[source].pieces(number)))
-        for source, mine in wanted.items():
-            self.parts[source].fill(out, mine)
+        for one, mine in by_source(source):
+            out[mine] = self.parts[one].read(number[mine])
         return out
 
     def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """For each row, the positions 1 .. L at which a new sequence begins."""
-        found = []
-        for source, number in self._find(ids):
-            counts = [count for _, count in self.parts[source].pieces(number)]
-            found.append(np.unique(np.cumsum(counts[:-1], dtype=np.int64)))
+        source, number = self._find(ids)
+        found: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * len(ids)
+        for one, mine in by_source(source):
+            _, counts, heads = self.parts[one].pieces(number[mine])
+            for row, own in zip(mine.tolist(), np.split(counts, heads[1:]), strict=True):
+                found[row] = np.unique(np.cumsum(own[:-1]))
         return found
 
     def state(self, consumed: int) -> dict[str, Any]:

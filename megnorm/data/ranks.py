@@ -1,6 +1,7 @@
 """Ranks of a preprocessing job: one, or those that mpirun or srun started."""
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,4 +36,5 @@ class Ranks:
     def abort(self) -> None:
         """End all ranks: the others would wait for ever."""
         if self.comm is not None:
+            time.sleep(0.5)  # launchers drop what they have not yet forwarded: let the sentence out first
             self.comm.Abort(1)

@@ -8,7 +8,7 @@ and nothing has to be stored, cached or shared between ranks. Neighbours in the 
 
 import bisect
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,13 @@ class Mixture:
         return [int(n) for n in self.counts + period * self.parts + extra]
 
 
+def by_source(source: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each source that occurs, and the rows in which it does."""
+    order = np.argsort(source, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(source[order])) + 1) if len(source) else ():
+        yield int(source[rows[0]]), rows
+
+
 class DefaultOrder:
     """Reads rows by sample id. left: what a checkpoint said of sources that are in the mixture no more."""
 
@@ -193,16 +200,11 @@ class DefaultOrder:
 
     def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens [len(ids), L + 1]."""
+        source, start = self.places(ids)
         out = np.empty((len(ids), self.length + 1), np.int64)
-        source, start = (array.tolist() for array in self.places(ids))
-        wanted: dict[int, list[int]] = {}
-        for row, number in enumerate(source):
-            wanted.setdefault(number, []).append(row)
-        for number, mine in wanted.items():
-            starts = [start[row] for row in mine]
-            found = self.sources[number].data.read_many(starts, [self.length + 1] * len(mine))
-            for row, tokens in zip(mine, found, strict=True):
-                out[row] = tokens
+        for number, mine in by_source(source):
+            counts = np.full(len(mine), self.length + 1)
+            out[mine] = self.sources[number].data.read_many(start[mine], counts).reshape(len(mine), -1)
         return out
 
     def borders(self, ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:

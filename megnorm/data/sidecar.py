@@ -60,7 +60,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
             entry = record["files"][name]
             if not isinstance(entry["bytes"], int) or not isinstance(entry["crc32"], list):
                 raise ValueError("no byte counts or checksums")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: not a record of checksums ({error}); delete it and run megnorm data verify --write."
         ) from None

@@ -204,8 +204,11 @@ def _read_weights(folder: Path) -> State:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(names))]
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{index}: '{outside[0]}' is not a file of this folder; get the model from who made it")
+        files = [folder / name for name in names]
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     if not files or not all(file.is_file() for file in files):

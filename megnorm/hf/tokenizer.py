@@ -30,7 +30,7 @@ def load_tokenizer(source: Path, *, max_length: int | None = None) -> Any:
     written = folder / "tokenizer_config.json"
     options = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     if options.get("tokenizer_class") not in (None, "PreTrainedTokenizer", *FAST):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     inner = tokenizers.load(str(source))
     if not isinstance(inner, tokenizers.HuggingFace):
         raise ValueError(f"{source}: a tokenizer of this kind has no Hugging Face form; export with --no-tokenizer")

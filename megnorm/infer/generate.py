@@ -67,7 +67,7 @@ def _exported(folder: Path, dtype: torch.dtype) -> Any:
 
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     cls = MegnormForCausalLM if model_type == "megnorm" else AutoModelForCausalLM
-    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return cls.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
 
 
 def generate(generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:

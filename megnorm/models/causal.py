@@ -14,6 +14,7 @@ from megnorm.layers.loss import token_loss
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import rope_table, token_positions
 from megnorm.models.config import ModelConfig
+from megnorm.models.count import padded_vocabulary
 from megnorm.norms.resolve import Resolved, resolve
 
 
@@ -124,7 +125,7 @@ def build_model(
     """
     env = env or Env()
     resolved = resolved or resolve(cfg.norm, cfg.layers)
-    step = vocab_multiple * env.mesh.tp.size
-    model = CausalLM(cfg, resolved, -(-cfg.vocab_size // step) * step, env, layers)
+    padded = padded_vocabulary(cfg.vocab_size, vocab_multiple, env.mesh.tp.size)
+    model = CausalLM(cfg, resolved, padded, env, layers)
     initialize(model, cfg, resolved, seed)
     return model

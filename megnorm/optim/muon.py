@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.optim.config import MuonConfig, OptimConfig
-from megnorm.parallel.collectives import gather_objects, start_all_to_all
+from megnorm.parallel.collectives import gather_objects, start_all_to_all, wait_for
 from megnorm.parallel.layout import Matrix, Piece, boxes_of
 from megnorm.parallel.mesh import Mesh, stage_axis
 
@@ -251,5 +251,5 @@ class Muon:
 def _wait(message: Message) -> Tensor:
     tensor, work = message
     if work is not None:
-        work.wait()
+        wait_for(work, "all_to_all of matrices", "stage", tensor.nbytes)
     return tensor

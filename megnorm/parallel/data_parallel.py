@@ -9,6 +9,7 @@ moments of that range alone: sums are reduce-scattered, and updated weights gath
 forward pass, which waits for a bucket where it is first used (arXiv:1910.02054, stage 1).
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -141,6 +142,13 @@ class DataParallel:
         self.weights = torch.zeros(total, dtype=compute, device=device)
         self.grads = torch.zeros(total, dtype=accumulate, device=device)
         self._masters: list[Tensor] = []  # by bucket, of its own range
+        on_grad = weakref.WeakMethod(self._on_grad)  # python cannot see, and free, a cycle through a tensor's hooks
+
+        def hook(param: Tensor) -> None:
+            method = on_grad()
+            assert method is not None, "parameters are used without the storage that holds them"
+            method(param)
+
         for bucket in self.buckets:
             wide = torch.zeros(bucket.stop - bucket.start, dtype=built, device=device)
             for param in bucket.params:
@@ -151,7 +159,7 @@ class DataParallel:
                 param.main_grad = self.grads[place].view_as(param)  # type: ignore[attr-defined]
                 if compute == accumulate:
                     param.grad = param.main_grad  # type: ignore[attr-defined]
-                param.register_post_accumulate_grad_hook(self._on_grad)
+                param.register_post_accumulate_grad_hook(hook)
             self.weights[bucket.start : bucket.stop] = wide
             first, last = bucket.own
             own = wide[first - bucket.start : last - bucket.start].clone()
@@ -236,13 +244,19 @@ class DataParallel:
     def gather_grads(self) -> None:
         """After ``finish``: the sums of all elements on every rank, for those who look at whole gradients."""
         for bucket in self.buckets if self.shard else ():
-            work = start_all_gather(self.grads[bucket.start : bucket.stop], bucket.own[0] - bucket.start, self.mesh.dp)
-            work.wait()
+            whole = self.grads[bucket.start : bucket.stop]
+            work = start_all_gather(whole, bucket.own[0] - bucket.start, self.mesh.dp)
+            wait_for(work, "gradient gather", "dp", whole.nbytes)
 
     # Weights
 
     def publish(self) -> None:
-        """After the masters have changed: lower them and start gathering what other ranks have updated."""
+        """After the masters have changed: lower them and start gathering what other ranks have updated.
+
+        Whoever changes masters otherwise than by the step that forward passes lie between calls ``wait_weights`` before:
+        a gather under way writes this rank's range too.
+        """
+        self.wait_weights()
         with torch.no_grad():
             for bucket, master in zip(self.buckets, self._masters, strict=True):
                 own = self.weights[slice(*bucket.own)]
@@ -256,24 +270,22 @@ class DataParallel:
     def wait_weights(self) -> None:
         """Wait for all weights; forward waits by itself, whoever reads parameters otherwise calls this."""
         for bucket in reversed(self.buckets):
-            _wait(bucket)
+            self._wait(bucket)
+
+    def _wait(self, bucket: Bucket) -> None:
+        if bucket.gathering is not None:
+            wait_for(bucket.gathering, "weight gather", "dp", (bucket.stop - bucket.start) * self.weights.itemsize)
+            bucket.gathering = None
+
+    def _wait_for(self, buckets: list[Bucket], module: nn.Module, inputs: Any) -> None:
+        for bucket in buckets:
+            self._wait(bucket)
 
     def _watch(self, stage: Any) -> None:
         for unit in stage.units():
             buckets = list({id(b): b for b in (self._bucket_of[id(p)] for p in unit.parameters())}.values())
             if buckets:
-                unit.register_forward_pre_hook(partial(_wait_for, buckets))
-
-
-def _wait(bucket: Bucket) -> None:
-    if bucket.gathering is not None:
-        wait_for(bucket.gathering, "weight gather", "dp", bucket.stop - bucket.start)
-        bucket.gathering = None
-
-
-def _wait_for(buckets: list[Bucket], module: nn.Module, inputs: Any) -> None:
-    for bucket in buckets:
-        _wait(bucket)
+                unit.register_forward_pre_hook(partial(self._wait_for, buckets))
 
 
 def _needs_other_stages(param: nn.Parameter) -> bool:

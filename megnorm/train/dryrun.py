@@ -10,6 +10,7 @@ import torch
 
 from megnorm.layers.env import Env
 from megnorm.models.causal import CausalLM
+from megnorm.optim.muon import takes
 from megnorm.parallel.data_parallel import DataParallel
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.mesh import Axis, Mesh
@@ -17,7 +18,6 @@ from megnorm.plan import Plan
 from megnorm.train.build import DTYPES, flatten, own_stages
 
 META = torch.device("meta")
-MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,26 @@ def _place(plan: Plan, mesh: Mesh) -> Memory:
     }
     flat = flatten(plan, mesh, stages)
     lowered = env.dtype != compute
-    held, used = _shares(flat, stages, mesh)
-    state = (held * lowered + used * MOMENTS) * env.dtype.itemsize
+    held, moments = _shares(plan, flat, stages)
+    state = (held * lowered + moments) * env.dtype.itemsize
     return Memory(
         mesh.pp.rank, mesh.tp.rank, tuple(stages), flat.weights.nbytes, flat.grads.nbytes, tuple(state.tolist())
     )
 
 
-def _shares(flat: DataParallel, stages: dict[int, CausalLM], mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """By dp rank: elements of the ranges that it updates, and how many of them are not padding."""
-    parts = mesh.dp.size if flat.shard else 1
+def _shares(plan: Plan, flat: DataParallel, stages: dict[int, CausalLM]) -> tuple[np.ndarray, np.ndarray]:
+    """By dp rank: elements of the ranges that it updates, and moments kept for them (none for padding)."""
+    parts = plan.dp if flat.shard else 1
     edges = np.stack([np.linspace(b.start, b.stop, parts + 1, dtype=np.int64) for b in flat.buckets])
-    spans = sorted(
-        (view.storage_offset(), view.numel()) for view in (n.view() for n in named_matrices(*stages.values()))
-    )
-    starts, sizes = np.array(spans).T
-    # Elements of matrices below a place in storage: 0, then rising through every span, level between spans.
+    muon = plan.config.optim.name == "muon"
+    matrices = [(n.view(), 1 if muon and takes(n.matrix) else 2) for n in named_matrices(*stages.values())]
+    starts, sizes, times = np.array(sorted((x.storage_offset(), x.numel(), kept) for x, kept in matrices)).T
+    # Moments of what lies below a place in storage: 0, then rising through every matrix, level between them.
     places = np.stack([starts, starts + sizes], 1).ravel()
-    below = np.repeat(np.concatenate([[0], sizes.cumsum()]), 2)[1:-1]
+    below = np.repeat(np.concatenate([[0], (sizes * times).cumsum()]), 2)[1:-1]
     covered = np.interp(edges, places, below).round().astype(np.int64)
-    held, used = (np.diff(x, axis=1).sum(0) for x in (edges, covered))
-    return (held, used) if flat.shard else (held.repeat(mesh.dp.size), used.repeat(mesh.dp.size))
+    held, moments = (np.diff(x, axis=1).sum(0) for x in (edges, covered))
+    return (held, moments) if flat.shard else (held.repeat(plan.dp), moments.repeat(plan.dp))
 
 
 def table(plan: Plan) -> list[str]:

@@ -22,7 +22,8 @@ def out_of_memory(error: BaseException, train: TrainConfig) -> str | None:
     asked = ASKED.search(text)
     more = f" ({asked[1]} more were asked for)" if asked else ""
     remedies = [f"lower train.micro_batch (now {train.micro_batch})"] if train.micro_batch > 1 else []
-    remedies += ["set train.recompute=[block]", "split the model with a larger parallel.tp"]
+    remedies += ["set train.recompute=[block]"] if "block" not in train.recompute else []
+    remedies += ["split the model with a larger parallel.tp or parallel.pp"]
     return f"out of {'accelerator' if cuda else 'main'} memory{more}: {', or '.join(remedies)}; the run then goes on"
 
 

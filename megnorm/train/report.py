@@ -30,11 +30,11 @@ def lines(plan: Plan, found: Resumed) -> Iterator[str]:
 
 
 def _sources(state: Mapping[str, Any]) -> str:
-    """Samples by source, where there are several or the state tells."""
-    consumed = state.get("consumed")
-    if not isinstance(consumed, Mapping):
+    """Samples by source, where the order of the data counts them."""
+    counted = [source for source in state.get("sources", ()) if isinstance(source, Mapping) and "consumed" in source]
+    if not counted:
         return ""
-    return ": " + ", ".join(f"{count} of {path}" for path, count in consumed.items())
+    return ": " + ", ".join(f"{source['consumed']} of {source['path']}" for source in counted)
 
 
 def _layout(config: Mapping[str, Any], ranks: int | None) -> str:

@@ -54,6 +54,7 @@ def meta(run: Run) -> dict[str, Any]:
 def resume(run: Run, folder: Path) -> Path:
     """Continue from the newest checkpoint in ``folder`` that is whole on every rank; its path. Raises CheckpointError."""
     config = run.plan.config.checkpoint
+    run.flat.wait_weights()
     loaded = io.resume(
         folder, shards(run, owned=False), agree=_agreement(run), verify=config.verify, threads=config.threads
     )
@@ -77,6 +78,7 @@ def start_from(run: Run, source: Path) -> None:
     path = io.latest(folder) if folder.is_dir() else source
     if path is None:
         raise io.CheckpointError(f"checkpoint.init_from: {folder} holds no whole checkpoint; name another run")
+    run.flat.wait_weights()
     weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith("optim.")]
     io.load(path, weights, verify=run.plan.config.checkpoint.verify, convert=True)
     run.flat.publish()

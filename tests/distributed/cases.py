@@ -47,12 +47,13 @@ def config(
     recompute: str = "",
     **parallel: Any,
 ) -> RunConfig:
-    """A two-layer model of width 32 with 4 heads and a vocabulary of 97, which no layout divides.
+    """A model of two layers or more (one for every stage), width 32, 4 heads and a vocabulary of 97, which no layout divides.
 
     recompute: modes, with + between them.
     """
     name, options = OPTIONS.get(scheme, (scheme, {}))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
+    layers = max(layers, parallel.get("pp", 1) * parallel.get("virtual_stages", 1))
     sizes = ModelConfig(layers=layers, width=32, heads=4, kv_heads=kv, ffn=48, vocab_size=97, max_positions=16)
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
     modes = tuple(recompute.split("+")) if recompute else ()

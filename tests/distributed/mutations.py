@@ -192,13 +192,20 @@ def _last_stage_alone_sums_nothing() -> Iterator[None]:
 
 @contextmanager
 def _every_backward_is_reduced() -> Iterator[None]:
-    """Buckets are summed over dp during the first backward, not the last."""
-    run = parity.Pipeline.run
+    """Buckets are summed over dp during the first backward, not the last; at once, so that no luck puts it right."""
+    run, start = parity.Pipeline.run, data_parallel.start_all_reduce
+
+    def at_once(*args: Any) -> Any:
+        work = start(*args)
+        if work is not None:
+            work.wait()
+        return work
 
     def broken(self: Any, schedule: Any, parts: Any, *, before: Any, **options: Any) -> Tensor:
         return run(self, schedule, parts, before=lambda action, final: before(action, action.kind == "B"), **options)
 
-    with mock.patch.object(parity.Pipeline, "run", broken):
+    sums = mock.patch.object(data_parallel, "start_all_reduce", at_once)
+    with mock.patch.object(parity.Pipeline, "run", broken), sums:
         yield
 
 

@@ -44,7 +44,7 @@ class Pool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Call ``function(rank, world, *args, **kwargs)`` on every rank; the results by rank. timeout in seconds."""
         call = pickle.dumps((function, args, kwargs))
         if not self._processes:

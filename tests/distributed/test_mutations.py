@@ -94,7 +94,7 @@ def test_parity_sees_a_broken_build(ranks: Any, mutation: str, case: dict[str, A
 @pytest.mark.full
 @pytest.mark.parametrize(("mutation", "case"), EVERY, ids=[f"{m} ({c['scheme']})" for m, c in EVERY])
 def test_parity_sees_it_on_four_ranks(ranks: Any, mutation: str, case: dict[str, Any]) -> None:
-    layout = {"dp": 4} if "dp" in case else {"tp": 2} if "pp" in case else {"tp": 4}
+    layout = {"tp": 2} if {"dp", "pp"} & set(case) else {"tp": 4}
     assert measure(ranks, {**case, **layout}, mutation).worst > RED
 
 

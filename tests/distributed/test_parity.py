@@ -9,6 +9,7 @@ from megnorm.plan import PlanError, make_plan
 from tests.distributed import cases
 from tools import parity
 
+# Tensor parallelism alone, in the fast set: every scheme once, every pair of these.
 FACTORS = {
     "tp": (2, 4),
     "sp": (True, False),
@@ -17,35 +18,111 @@ FACTORS = {
     "model": tuple(cases.MODELS),
     "recompute": ("", "block", "attention+norms+activations"),
 }
-LAYOUTS = cases.pairwise(FACTORS)
-# Fast: every scheme once, every pair of the other factors. Full: every scheme in every layout.
-FAST = [{"scheme": scheme, **LAYOUTS[i % len(LAYOUTS)]} for i, scheme in enumerate(cases.schemes())]
+TENSOR = cases.pairwise(FACTORS)
+FAST = [{"scheme": scheme, **TENSOR[i % len(TENSOR)]} for i, scheme in enumerate(cases.schemes())]
+
+# The full set: every scheme in every one of these. Buckets are of a few kilobytes, so that there are several.
+SMALL = {"bucket_mb": 0.01}
+INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    # of tp, sequence parallelism and kv heads every pair
+    "tp2 sp kv1": {"tp": 2, "sp": True, "kv": 1},
+    "tp2 kv2": {"tp": 2, "sp": False, "kv": 2},
+    "tp2 sp kv4": {"tp": 2, "sp": True, "kv": 4},
+    "tp4 kv1": {"tp": 4, "sp": False, "kv": 1},
+    "tp4 sp kv2": {"tp": 4, "sp": True, "kv": 2},
+    "tp4 kv4": {"tp": 4, "sp": False, "kv": 4},
+    "dp4": {"dp": 4, **SMALL},
+    "dp2 plain": {"dp": 2, "zero": 0, **SMALL},
+    "pp2": {"pp": 2},
+    "pp2 gpipe": {"pp": 2, "schedule": "gpipe"},
+    "pp2 interleaved": {"pp": 2, **INTERLEAVED},
+    "pp4": {"pp": 4},
+    "pp2 dp2 interleaved": {"pp": 2, "dp": 2, **INTERLEAVED, **SMALL},
+    "pp2 dp2 plain": {"pp": 2, "dp": 2, "zero": 0, **SMALL},
+    "tp2 dp2": {"tp": 2, "dp": 2, **SMALL},
+    "tp2 pp2 gpipe": {"tp": 2, "pp": 2, "schedule": "gpipe"},
+    "tp2 pp2 interleaved": {"tp": 2, "pp": 2, **INTERLEAVED},
+    "tp2 pp2 dp2": {"tp": 2, "pp": 2, "dp": 2, **SMALL},
+}
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "recompute": ("", "block", "attention+norms+activations"),
+    "model": tuple(cases.MODELS),
+    "kv": (1, 2, 4),
+    "sp": (True, False),
+    "kind": ("layernorm", "rmsnorm"),
+}
+
+
+def row(layout: str, turn: int) -> dict[str, Any]:
+    """The others' values for a layout, in three turns: it meets each value, and over the layouts they meet each other."""
+    j = list(LAYOUTS).index(layout)
+    shifts = {"recompute": 0, "model": j, "kv": j // 3, "sp": j, "kind": j // 2}
+    chosen = {name: values[(turn + shifts[name]) % len(values)] for name, values in OTHERS.items()}
+    return {"layout": layout, **chosen, **LAYOUTS[layout]}
+
+
 EVERY = [
-    {"scheme": scheme, "tp": tp, "sp": sp, "kv": kv, "kind": kind, "model": model}
-    for scheme, tp, sp, kv in itertools.product(cases.schemes(), FACTORS["tp"], FACTORS["sp"], FACTORS["kv"])
-    for kind, model in ((("layernorm", "gpt2"), ("rmsnorm", "llama"))[kv % 2],)
+    {"scheme": scheme, **row(layout, (i + j) % 3)}
+    for i, scheme in enumerate(cases.schemes())
+    for j, layout in enumerate(LAYOUTS)
+]
+# The fast set: those of up to four ranks that are not tensor parallelism alone, with schemes in turn.
+QUICK = [name for name, sizes in LAYOUTS.items() if set(sizes) & {"pp", "dp"} and name != "tp2 pp2 dp2"]
+TURNS = [
+    {"scheme": cases.schemes()[7 * i % len(cases.schemes())], **row(layout, turn)}
+    for i, (layout, turn) in enumerate(itertools.product(QUICK, range(3)))
 ]
 
 
 def check(ranks: Any, case: dict[str, Any], precision: str, steps: int) -> None:
-    config = cases.config(
-        case["scheme"], kv=case["kv"], kind=case["kind"], model=case["model"], precision=precision,
-        tp=case["tp"], sequence_parallel=case["sp"], keep_gathered=case.get("keep", False), recompute=case.get("recompute", ""),
-    )  # fmt: skip
-    difference = ranks(case["tp"]).run(parity.on_rank, config, steps)[0]
+    case = {key: value for key, value in case.items() if key != "layout"}
+    config = cases.config(sequence_parallel=case.pop("sp"), precision=precision, **case)
+    world = case.get("tp", 1) * case.get("pp", 1) * case.get("dp", 1)
+    difference = ranks(world).run(parity.on_rank, config, steps, timeout=600.0)[0]
     assert difference.initial_equal
     assert difference.worst <= parity.TOLERANCE[precision], difference
 
 
-@pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(str(value) for value in case.values() if value != ""))
+def named(case: dict[str, Any]) -> str:
+    quiet = LAYOUTS.get(case.get("layout", ""), {})
+    return "-".join(str(value) for key, value in case.items() if value != "" and key not in quiet).replace(" ", "_")
+
+
+@pytest.mark.parametrize("case", FAST, ids=named)
 def test_tensor_parallel_is_serial(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, "fp64", 2)
 
 
+@pytest.mark.parametrize("case", TURNS, ids=named)
+def test_stages_and_replicas_are_serial(ranks: Any, case: dict[str, Any]) -> None:
+    check(ranks, case, "fp64", 2)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("case", EVERY, ids=lambda case: "-".join(str(value) for value in case.values()))
+@pytest.mark.parametrize("case", EVERY, ids=named)
 def test_every_scheme_in_every_layout(ranks: Any, case: dict[str, Any]) -> None:
-    check(ranks, case, "fp64", parity.SGD_STEPS)
+    # Weights after ten steps in a third of a scheme's layouts, after three in the others: there are many of them.
+    turn = cases.schemes().index(case["scheme"]) + list(LAYOUTS).index(case["layout"])
+    check(ranks, case, "fp64", 3 if turn % 3 else parity.SGD_STEPS)
+
+
+def test_the_choice_covers_what_it_says() -> None:
+    """Every scheme meets every value of every factor; every two values of two factors meet, and in the fast set too."""
+    both = [("schedule", name) for name in ("gpipe", "interleaved", None)] + [("zero", 0), ("zero", None), ("dp", 4)]
+    for scheme in cases.schemes():
+        mine = [case for case in EVERY if case["scheme"] == scheme]
+        assert [case["layout"] for case in mine] == list(LAYOUTS)
+        for name, values in OTHERS.items():
+            assert {case[name] for case in mine} == set(values)
+        assert all(any(case.get(key) == value for case in mine) for key, value in both)
+    for chosen, layouts in ((EVERY, LAYOUTS), (TURNS, QUICK)):
+        for (a, x), (b, y) in itertools.combinations(OTHERS.items(), 2):
+            met = {(case[a], case[b]) for case in chosen}
+            assert met == set(itertools.product(x, y)), (a, b)
+        for name, values in OTHERS.items():
+            free = {layout for layout in layouts if name not in LAYOUTS[layout]}
+            assert {(c["layout"], c[name]) for c in chosen} >= set(itertools.product(free, values)), name
 
 
 @pytest.mark.full
@@ -63,16 +140,9 @@ def test_other_norm_kinds(ranks: Any, kind: str, tp: int) -> None:
 
 
 def test_gathered_inputs_may_be_kept(ranks: Any) -> None:
-    case = {"scheme": "normformer", "tp": 2, "sp": True, "kv": 2, "kind": "layernorm", "model": "gpt2", "keep": True}
+    case = {"scheme": "normformer", "tp": 2, "sp": True, "kv": 2, "kind": "layernorm", "model": "gpt2",
+            "keep_gathered": True}  # fmt: skip
     check(ranks, case, "fp64", 2)
-
-
-@pytest.mark.parametrize("scheme", ("preln", "hybridnorm_star"))
-def test_data_parallel_is_serial(ranks: Any, scheme: str) -> None:
-    for layout in ({"dp": 2}, {"tp": 2, "dp": 2}):
-        world = layout.get("tp", 1) * layout["dp"]
-        difference = ranks(world).run(parity.on_rank, cases.config(scheme, **layout), 2)[0]
-        assert difference.initial_equal and difference.worst <= 1e-10, difference
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

@@ -251,8 +251,9 @@ def test_a_changed_weight_fails(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "1 passed, 1 failed, 0 not covered" in lines_of(capsys)
 
 
-def test_ranks_of_its_own(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main([str(folder), "--tp", "2"]) == 0
+@pytest.mark.parametrize("words", (["--tp", "2"], pytest.param(["--pp", "2"], marks=pytest.mark.full)))
+def test_ranks_of_its_own(folder: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main([str(folder), *words]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "2 passed, 0 failed, 0 not covered"
 
 
@@ -260,7 +261,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([str(tmp_path)]) == 2
     assert lines_of(capsys)[-1] == "0 passed, 0 failed, 0 not covered"
     for arguments, words in (
-        ([str(tmp_path), "--pp", "2"], "megnorm has no pipelines yet"),
+        ([str(tmp_path), "--pp", "0"], "give 1 or more"),
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(tmp_path), "--tp", "0"], "give 1 or more"),
     ):

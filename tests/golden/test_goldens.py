@@ -16,6 +16,7 @@ from goldens.case import Case, NotCovered, find
 from goldens.run import Errors, mesh_of, run
 
 from megnorm.norms.config import NormConfig
+from megnorm.parallel.mesh import Axis
 
 FOLDER = Path(os.environ.get("MEGNORM_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "golden"
 ALL = [path.relative_to(FOLDER).as_posix() for path in find(FOLDER)] if FOLDER.is_dir() else []
@@ -244,9 +245,23 @@ TP_NAMES = [
     "torchscale__decoder_subln",
 ]
 
+DEEPER = "hybrid_dense__mix_ln"  # 4 layers
+
 
 def tp_check(rank: int, world: int, folder: str, name: str) -> Line:
     return check(Path(folder) / f"{name}.json", name, tp=world)
+
+
+def pp_check(rank: int, world: int, folder: str, names: list[str], tp: int) -> list[Line]:
+    return [check(Path(folder) / f"{name}.json", name, tp=tp, pp=world // tp) for name in names]
+
+
+def pp_without_ends(rank: int, world: int, folder: str, name: str) -> tuple[float, float]:
+    """The two stages of a tied embedding each keep their own gradient of it."""
+    case = load(Path(folder) / f"{name}.json")
+    mesh = replace(mesh_of(case, 1, world), ends=Axis("ends"))
+    errors = run(case, mesh)
+    return errors.logits, errors.gradients["embed.token.weight"]
 
 
 def tp_without_reduction(rank: int, world: int, folder: str, name: str) -> tuple[float, float]:
@@ -264,6 +279,29 @@ def tp_without_reduction(rank: int, world: int, folder: str, name: str) -> tuple
 def test_tensor_parallel(shared: Path, ranks: Callable[[int], Any], name: str) -> None:
     for line in ranks(2).run(tp_check, str(FOLDER), name):
         assert line.status == "pass", str(line)
+
+
+def test_stages(shared: Path, ranks: Callable[[int], Any]) -> None:
+    for lines in ranks(2).run(pp_check, str(FOLDER), [*TP_NAMES, DEEPER], 1):
+        assert [line.status for line in lines] == ["pass"] * len(lines), "\n".join(map(str, lines))
+
+
+@pytest.mark.full
+def test_stages_of_tensor_parallel_ranks(shared: Path, ranks: Callable[[int], Any]) -> None:
+    for lines in ranks(4).run(pp_check, str(FOLDER), [*TP_NAMES, DEEPER], 2):
+        assert [line.status for line in lines] == ["pass"] * len(lines), "\n".join(map(str, lines))
+
+
+def test_more_stages_than_layers_are_not_covered(shared: Path, ranks: Callable[[int], Any]) -> None:
+    for deep, shallow in ranks(4).run(pp_check, str(FOLDER), [DEEPER, "hybrid_dense__hybridnorm"], 1):
+        assert deep.status == "pass", str(deep)
+        assert (shallow.status, shallow.reason) == ("not covered", "pp 4 asks for a layer each, of 2")
+
+
+def test_a_tied_gradient_of_one_end_fails(shared: Path, ranks: Callable[[int], Any]) -> None:
+    for logits, gradient in ranks(2).run(pp_without_ends, str(FOLDER), "hybrid_dense__hybridnorm"):
+        assert logits < 1e-10
+        assert gradient > 1e-3
 
 
 @pytest.mark.full

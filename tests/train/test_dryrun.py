@@ -8,6 +8,7 @@ import pytest
 
 from megnorm import config as configs
 from megnorm.cli import main
+from megnorm.optim.muon import takes
 from megnorm.parallel.mesh import Axis, Mesh
 from megnorm.plan import make_plan
 from megnorm.train.build import build_stages, flatten
@@ -37,7 +38,7 @@ def test_the_fullest_rank_of_175b_is_not_10_percent_above_the_mean_of_its_stage(
         assert state.sum() == pytest.approx(12 * sum(place.grads for place in stage) / 4, rel=0.005)  # 12 bytes each
 
 
-@pytest.mark.parametrize("precision", ("bf16", "fp32"))
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adamw"), ("fp32", "adamw"), ("bf16", "muon")])
 @pytest.mark.parametrize(
     "layout",
     [
@@ -48,11 +49,16 @@ def test_the_fullest_rank_of_175b_is_not_10_percent_above_the_mean_of_its_stage(
     ],
     ids=str,
 )
-def test_it_is_what_ranks_hold(layout: dict[str, Any], precision: str) -> None:
+def test_it_is_what_ranks_hold(layout: dict[str, Any], precision: str, optimizer: str) -> None:
     """Against flat storage and pieces as a run builds them, for every rank."""
     base = cases.config("normformer", precision=precision, bucket_mb=0.004, **layout)
     world = base.parallel.tp * base.parallel.pp * (base.parallel.dp or 1)
-    base = replace(base, model=replace(base.model, layers=4), train=replace(base.train, global_batch=24))
+    base = replace(
+        base,
+        model=replace(base.model, layers=4),
+        train=replace(base.train, global_batch=24),
+        optim=replace(base.optim, name=optimizer),  # type: ignore[arg-type]
+    )
     plan = make_plan(base, world)
     replicas = max(1, base.parallel.tp // base.model.kv)
     for place in memory(plan):
@@ -67,7 +73,8 @@ def test_it_is_what_ranks_hold(layout: dict[str, Any], precision: str) -> None:
             stages, _ = build_stages(plan, mesh)
             flat = flatten(plan, mesh, stages)
             assert tuple(stages) == place.stages
-            moments = sum(2 * piece.master.nbytes for piece in flat.pieces)
+            one = [optimizer == "muon" and takes(piece.named.matrix) for piece in flat.pieces]
+            moments = sum((2 - less) * p.master.nbytes for p, less in zip(flat.pieces, one, strict=True))
             masters = {m.untyped_storage()._cdata: m.untyped_storage().nbytes() for m in flat._masters}
             masters.pop(flat.weights.untyped_storage()._cdata, None)
             assert total == flat.weights.nbytes + flat.grads.nbytes + moments + sum(masters.values())

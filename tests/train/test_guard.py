@@ -24,7 +24,7 @@ NAN = float("nan")
 
 def a_run(folder: Path, name: str, *, every: int = 2, steps: int = 8, **changes: Any) -> RunConfig:
     """Two micro-batches a step on each of two ranks."""
-    layout = {key: changes.pop(key) for key in ("tp", "dp", "kv", "sequence_parallel", "precision") if key in changes}
+    layout = {key: changes.pop(key) for key in ("tp", "dp", "pp", "kv") if key in changes}
     data = folder / "data"
     prefix = str(data) if data.with_suffix(".bin").exists() else ranked.write_data(data)
     return with_train(ranked.config(prefix, folder / name, steps=steps, every=every, **layout), **changes)
@@ -136,10 +136,14 @@ def test_a_rewind_that_cannot_be_is_refused(key: str) -> None:
 # Two ranks
 
 
-LAYOUTS = [pytest.param({"dp": 2}, id="dp"), pytest.param({"tp": 2, "kv": 1}, id="tp", marks=pytest.mark.full)]
+LAYOUTS = [
+    pytest.param({"dp": 2}, id="dp"),
+    pytest.param({"tp": 2, "kv": 1}, id="tp", marks=pytest.mark.full),
+    pytest.param({"pp": 2}, id="pp", marks=pytest.mark.full),
+]
 
 
-@pytest.mark.parametrize("layout", ({"dp": 2}, {"tp": 2}), ids=("dp", "tp"))
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2}, LAYOUTS[2]], ids=("dp", "tp", "pp"))
 def test_stop(ranks: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
     config = a_run(tmp_path, "run", every=2, **layout)
     fault = Fault((5,), rank=1, micro_batch=1)

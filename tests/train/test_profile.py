@@ -118,6 +118,8 @@ def test_what_counts_as_memory_that_has_run_out() -> None:
     said = out_of_memory(cuda, train)
     assert said is not None and said.startswith("out of accelerator memory (2.00 GiB more were asked for): set")
     assert "micro_batch" not in said, "it is 1 already"
+    assert "recompute=[block]" in said
+    assert "recompute" not in str(out_of_memory(cuda, TrainConfig(recompute=("block",)))), "it is on already"
     assert out_of_memory(MemoryError(), train)
     assert out_of_memory(
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory"), train

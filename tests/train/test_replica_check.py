@@ -77,6 +77,8 @@ CASES = [
     ({"tp": 2}, "blocks.1.attention.q_norm.weight", True),
     ({"tp": 2}, "blocks.1.ffn.down.weight", False),  # each rank has its own half
     ({"tp": 2, "kv": 1}, "blocks.0.attention.k.weight", True),  # one kv head on both ranks
+    ({"pp": 2, "model": "gpt2", "kind": "layernorm"}, "embed.token.weight", True),  # a tied head: on both end stages
+    ({"pp": 2}, "blocks.1.ffn.down.weight", False),
 ]
 
 

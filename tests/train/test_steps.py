@@ -12,8 +12,8 @@ from megnorm.data.batch import Batch
 from megnorm.train import loop
 from megnorm.train.config import TrainConfig
 from megnorm.train.guard import DivergedError
+from megnorm.train.passes import micro_batches
 from megnorm.train.signals import EXIT_STOPPED
-from megnorm.train.step import micro_batches
 from tests.train.tiny import losses, write_config, write_data
 
 

@@ -66,8 +66,8 @@ def run(folder: Path, count: int, seed: int) -> Tally:
     dice, tally = random.Random(f"{seed} cuts"), Tally("save cuts")
     old, new = tensors(1), tensors(2)
     base = folder / "base"
-    for step in (STEP - 1, STEP):
-        io.save(base, step, dealt(old, 0, 1), {"is": "old"})
+    io.save(base, STEP - 1, dealt(tensors(0), 0, 1), {"is": "older"})
+    io.save(base, STEP, dealt(old, 0, 1), {"is": "old"})
     places = [cut for scene in SCENES for cut in rehearse(folder, base, scene, new)]
     hit: Counter[str] = Counter()
     found: Counter[str] = Counter()
@@ -198,7 +198,9 @@ def resumed(work: Path, states: Mapping[str, Mapping[str, Tensor]]) -> str:
     if loaded is None:
         raise Failed("nothing to resume from")
     which = str(loaded.meta["is"])
-    if which not in states or not all(same_bits(blank[name], tensor) for name, tensor in states[which].items()):
+    if which not in states:
+        raise Failed(f"it goes on from {loaded.path.name}, the {which} state")
+    if not all(same_bits(blank[name], tensor) for name, tensor in states[which].items()):
         raise Failed(f"{loaded.path.name} says it is the {which} state, and is not")
     return which
 

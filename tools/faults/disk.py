@@ -72,10 +72,11 @@ class Disk:
             if last and self.when != AFTER:
                 self._die()
             self._note(name, args)
-            result = function(*args, **kwargs)
-            if last:
-                self._die()
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if last:
+                    self._die()
 
         return call
 

@@ -1,4 +1,4 @@
-"""Run a golden through the model that the training code builds, on one rank or a tensor-parallel group."""
+"""Run a golden through the model that the training code builds, on one rank or many: tensor-parallel, in stages, or both."""
 
 import functools
 from collections.abc import Mapping
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from goldens.case import Case, NotCovered, from_yaml, to_yaml
+from megnorm.layers.embedding import full_logits
 from megnorm.layers.env import Env
 from megnorm.layers.rope import token_positions
 from megnorm.models.causal import CausalLM, Tokens, build_model
-from megnorm.parallel.collectives import all_reduce
+from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.layout import named_matrices, reduce_replicated_grads
 from megnorm.parallel.mesh import Mesh, build_mesh
+from megnorm.parallel.pipeline import Pipeline
+from megnorm.parallel.schedule import forward_only, make_schedule
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,39 @@ class Errors:
 
 
 @functools.cache
-def _mesh(tp: int, kv_heads: int) -> Mesh:
+def _mesh(tp: int, pp: int, kv_heads: int) -> Mesh:
     cpu = torch.device("cpu")
-    return build_mesh(tp=tp, pp=1, dp=1, kv_heads=kv_heads, device=cpu, sequence_parallel=tp > 1)
+    return build_mesh(tp=tp, pp=pp, dp=1, kv_heads=kv_heads, device=cpu, sequence_parallel=tp > 1)
 
 
-def mesh_of(case: Case, tp: int) -> Mesh:
-    """The mesh for a golden over all ranks. Raises NotCovered if its sizes do not split over ``tp`` ranks."""
+def mesh_of(case: Case, tp: int, pp: int = 1) -> Mesh:
+    """The mesh for a golden over all ranks. Raises NotCovered if it does not split over tp ranks or pp stages."""
     model = case.model
     for name, size in (("heads", model.heads), ("ffn", model.ffn)):
         if size % tp:
             raise NotCovered(f"tp {tp} does not divide {name} {size}")
     if model.kv % tp and tp % model.kv:
         raise NotCovered(f"tp {tp} and kv_heads {model.kv} do not divide each other")
-    return _mesh(tp, model.kv)
+    if model.layers < pp:
+        raise NotCovered(f"pp {pp} asks for a layer each, of {model.layers}")
+    return _mesh(tp, pp, model.kv)
 
 
 def run(case: Case, mesh: Mesh | None = None) -> Errors:
-    """Build, load, run forward and backward, compare. Every rank of the mesh must call it. Raises ValueError."""
+    """Build, load, run forward and backward, compare. Every rank of the mesh must call it, and all raise alike.
+
+    Raises ValueError. The sequences of the golden are micro-batches, which the training code's executor sends through the
+    stages.
+    """
     mesh = mesh or Mesh()
-    config = from_yaml(to_yaml(case.model))
-    model = build_model(config, Env(mesh=mesh, dtype=case.dtype), seed=0)
-    load(model, case)
-    batch, count = _batch(case, mesh)
-    logits = model.logits(batch.tokens, batch.positions)[: case.tokens.shape[1]].transpose(0, 1)
-    loss = model(batch) / count
-    loss.backward()
+    config, pp = from_yaml(to_yaml(case.model)), mesh.pp
+    ends = [i * config.layers // pp.size for i in range(pp.size + 1)]
+    stage = build_model(config, Env(mesh=mesh, dtype=case.dtype), seed=0, layers=(ends[pp.rank], ends[pp.rank + 1]))
+    load(stage, case, mesh)
+    parts, count = _parts(case, mesh)
+    logits = _logits(stage, parts, mesh)[: case.tokens.shape[1]].transpose(0, 1)
+    schedule = make_schedule("1f1b", pp.size, 1, len(parts))
+    loss = all_reduce(Pipeline({pp.rank: stage}, mesh).run(schedule, parts, weight=1.0 / count), pp)
     if logits.shape != case.logits.shape:
         raise ValueError(f"logits are {list(logits.shape)}, the golden's {list(case.logits.shape)}")
     scale = max(1.0, case.logits.abs().max().item()) if case.logits_relative else 1.0
@@ -69,52 +79,87 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
     return Errors(
         (logits - case.logits).abs().max().item() / scale,
         abs(loss.item() - case.loss) / loss_scale,
-        _gradient_errors(gradients(model, mesh), case),
+        _gradient_errors(gradients(stage, mesh), case),
         case.logits_relative,
     )
 
 
-def load(model: CausalLM, case: Case) -> None:
-    """Fill every logical matrix from the golden. Raises ValueError if one is left over, missing or of other shape."""
-    left = set(case.weights)
-    for named in named_matrices(model):
+class _ToLogits:
+    """A stage for the executor: forward alone, the last one keeps the logits [s, b, v] of every micro-batch."""
+
+    def __init__(self, stage: CausalLM) -> None:
+        self.stage, self.edge = stage, stage.edge
+        self.found: list[Tensor] = []
+
+    def __call__(self, batch: Tokens, carry: Tensor | None) -> Tensor:
+        x = self.stage.hidden(batch.tokens, batch.positions, carry=carry)
+        if not self.stage.last:
+            return x
+        self.found.append(full_logits(self.stage.head(x), self.stage.head, self.stage.cfg.vocab_size))
+        return x.new_zeros(())
+
+
+@torch.no_grad()
+def _logits(stage: CausalLM, parts: list[Tokens], mesh: Mesh) -> Tensor:
+    """[s, b, v] on every rank."""
+    forward = _ToLogits(stage)
+    Pipeline({mesh.pp.rank: forward}, mesh).run(forward_only(mesh.pp.size, 1, len(parts)), parts)
+    return torch.cat(gather_objects(forward.found, mesh.pp)[-1], 1)
+
+
+def load(stage: CausalLM, case: Case, mesh: Mesh) -> None:
+    """Fill every logical matrix from the golden. Raises ValueError, on every rank of the pipeline, if one is left over,
+    missing or of other shape."""
+    problem, taken = _fill(stage, case)
+    found = gather_objects((problem, taken), mesh.pp)
+    for words, _ in found:
+        if words:
+            raise ValueError(words)
+    left = set(case.weights).difference(*(names for _, names in found))
+    if left:
+        # head.weight of an untied golden loaded into a tied model, a norm that the scheme does not have, ...
+        raise ValueError(f"the golden's '{min(left)}' has no place in the model ({len(left)} such)")
+
+
+def _fill(stage: CausalLM, case: Case) -> tuple[str, set[str]]:
+    """What is wrong ("" for nothing), and which of the golden's weights this stage has taken."""
+    taken: set[str] = set()
+    for named in named_matrices(stage):
         matrix, view = named.matrix, named.view()
         if named.name in case.zero:
             view.zero_()
             continue
         if named.name not in case.weights:
-            raise ValueError(f"the model's '{named.name}' is not in the golden")
+            return f"the model's '{named.name}' is not in the golden", taken
         full = case.weights[named.name]
         if tuple(full.shape) != matrix.shape:
-            raise ValueError(f"'{named.name}' is {list(matrix.shape)} in the model, {list(full.shape)} in the golden")
+            return f"'{named.name}' is {list(matrix.shape)} in the model, {list(full.shape)} in the golden", taken
         for dim, (start, size) in enumerate(zip(matrix.offset, matrix.local, strict=True)):
             full = full.narrow(dim, start, size)
         view.copy_(full)
-        left.discard(named.name)
-    if left:
-        # head.weight of an untied golden loaded into a tied model, a norm that the scheme does not have, ...
-        raise ValueError(f"the golden's '{min(left)}' has no place in the model ({len(left)} such)")
-    if case.table is not None:
-        _take_table(model, case.table)
+        taken.add(named.name)
+    return _take_table(stage, case.table) if case.table is not None and stage.first else "", taken
 
 
-def _take_table(model: CausalLM, table: Tensor) -> None:
+def _take_table(stage: CausalLM, table: Tensor) -> str:
     """Put the reference's constant position table in place of the model's, which must be the same to fp32 rounding.
 
-    fairseq computes angles in fp32, whose rounding grows with the position and depends on the machine.
+    fairseq computes angles in fp32, whose rounding grows with the position and depends on the machine. Returns what is
+    wrong.
     """
-    position = model.embed.position
-    ours = getattr(position, "table", None)
+    ours = getattr(stage.embed.position, "table", None)
     if ours is None or len(ours) < len(table):
-        raise ValueError("the golden has a position table that the model lacks")
+        return "the golden has a position table that the model lacks"
     difference = (ours[: len(table)].to(table) - table).abs().max().item()
     if not difference <= 1e-6 * (len(table) + 1):
-        raise ValueError(f"the model's position table differs from the golden's by {difference:.1e}")
+        return f"the model's position table differs from the golden's by {difference:.1e}"
     ours[: len(table)] = table.to(ours)
+    return ""
 
 
-def _batch(case: Case, mesh: Mesh) -> tuple[Tokens, int]:
-    """The golden's batch as [s, b], its tail filled to a multiple of tp; causal models do not see the filling."""
+def _parts(case: Case, mesh: Mesh) -> tuple[list[Tokens], int]:
+    """The golden's sequences as micro-batches [s, 1], their tails filled to a multiple of tp (causal models do not see the
+    filling), and the number of tokens with a loss."""
     tokens, labels = case.tokens.t(), case.labels.t()
     fill = -len(tokens) % mesh.sp.size
     positions = token_positions(tokens, case.model.padding_id)
@@ -122,19 +167,26 @@ def _batch(case: Case, mesh: Mesh) -> tuple[Tokens, int]:
     tokens = torch.cat([tokens, tokens.new_full((fill, tokens.shape[1]), 0 if padding is None else padding)])
     labels = torch.cat([labels, labels.new_full((fill, labels.shape[1]), -100)])
     tail = positions.new_full((fill, *positions.shape[1:]), 0 if padding is None else -1)
-    mask = labels != -100
-    batch = Tokens(tokens.contiguous(), labels.contiguous(), mask.to(case.dtype), torch.cat([positions, tail]))
-    return batch, int(mask.sum())
+    mask, positions = labels != -100, torch.cat([positions, tail])
+
+    def column(x: Tensor, i: int) -> Tensor:
+        return x[:, i : i + 1].contiguous() if x.dim() == 2 else x
+
+    parts = [
+        Tokens(column(tokens, i), column(labels, i), column(mask.to(case.dtype), i), column(positions, i))
+        for i in range(tokens.shape[1])
+    ]
+    return parts, int(mask.sum())
 
 
-def gradients(model: CausalLM, mesh: Mesh) -> dict[str, Tensor]:
+def gradients(stage: CausalLM, mesh: Mesh) -> dict[str, Tensor]:
     """Whole logical gradients by canonical name, on every rank, put together from the slices that ranks own."""
-    params = [param for param in model.parameters() if param.requires_grad]
+    params = [param for param in stage.parameters() if param.requires_grad]
     for param in params:
         param.main_grad = param.grad  # type: ignore[attr-defined]
     reduce_replicated_grads(params, mesh)
-    whole: dict[str, Tensor] = {}
-    for named in named_matrices(model):
+    own: dict[str, tuple[Tensor, Tensor]] = {}
+    for named in named_matrices(stage):
         matrix = named.matrix
         full = torch.zeros(matrix.shape, dtype=named.param.dtype)
         held = torch.zeros(matrix.shape, dtype=torch.int32)
@@ -143,9 +195,16 @@ def gradients(model: CausalLM, mesh: Mesh) -> dict[str, Tensor]:
             assert named.param.grad is not None
             full[place] = named.view(named.param.grad)
             held[place] = 1
-        whole[named.name] = all_reduce(full, mesh.tp)
-        if not bool((all_reduce(held, mesh.tp) == 1).all()):
-            raise ValueError(f"'{named.name}': its elements are not owned by exactly one rank each")
+        own[named.name] = all_reduce(full, mesh.tp), all_reduce(held, mesh.tp)
+    whole: dict[str, Tensor] = {}
+    times: dict[str, Tensor] = {}
+    for part in gather_objects(own, mesh.pp):
+        for name, (full, held) in part.items():
+            whole[name] = whole[name] + full if name in whole else full
+            times[name] = times[name] + held if name in times else held
+    for name, held in times.items():
+        if not bool((held == 1).all()):
+            raise ValueError(f"'{name}': its elements are not owned by exactly one rank each")
     return whole
 
 
