@@ -131,12 +131,6 @@ def _check_kernels(config: RunConfig) -> None:
         return
     if t.precision not in ("bf16", "fp16"):
         raise PlanError(f"kernels.fp8={k.fp8} quantizes bf16, but train.precision={t.precision}; use bf16")
-    again = {"block", "projections"} & set(t.recompute)
-    if again:
-        raise PlanError(
-            f"kernels.fp8={k.fp8}: quantized products are not computed again; take {', '.join(sorted(again))} off "
-            "train.recompute"
-        )
     if min(k.fp8_spare) < 0 or sum(k.fp8_spare) >= config.model.layers:
         raise PlanError(f"kernels.fp8_spare={k.fp8_spare} leaves none of model.layers={config.model.layers} to FP8")
 

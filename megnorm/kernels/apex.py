@@ -1,6 +1,7 @@
-"""apex (NVIDIA's, built from its repository; the package index has another package of that name): fused norms."""
+"""apex (NVIDIA's, built from its repository; the package index has another package of that name): fused norms, Adam."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ APEX = library(
             ),
         ),
         "in a clone of NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation .",
+        capability=(7, 0),
+    )
+)
+
+
+ADAM = library(
+    Library(
+        "apex optimizers",
+        "apex",
+        ((("amp_C",), ("multi_tensor_adam",)), (("apex.optimizers",), ("FusedAdam",))),
+        APEX.remedy,
         capability=(7, 0),
     )
 )
@@ -63,3 +75,18 @@ def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
         return y
 
     return norm
+
+
+def refuse_adam(need: Need) -> Refusal:
+    if need.dtype != torch.float32:
+        return "updates fp32 masters"
+    return "runs on CUDA devices" if need.device != "cuda" else ADAM.missing()
+
+
+# torch's own is one kernel a group too: it serves who asks for it.
+@offer("adamw", "apex", -2, refuse_adam)
+def make_adam(need: Need) -> Callable[..., torch.optim.Optimizer]:
+    def adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> Any:
+        return ADAM.module(1).FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True, bias_correction=True)
+
+    return adam

@@ -196,6 +196,63 @@ def _linear(need: Need, draw: _Draw) -> Example:
     return Example(leaves, lambda fn, at: (fn(at["x"], at["w"], at.get("b")),))
 
 
+def _norm_linear(need: Need, draw: _Draw) -> Example:
+    """On one rank: a norm's factor is not asked for here."""
+    inside, outside = need.features
+    rows = (32, 2) if need.quantize else draw.rows
+    leaves = {"x": draw(*rows, inside), "w": draw(outside, inside), **_prefixed("p.", draw.norm(need.norm))}
+    if need.biased:
+        leaves["b"] = draw(outside)
+
+    def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
+        out = fn(at["x"], _pick(at, "p."), _args(need.norm, 1.0), at["w"], at.get("b"), _Alone())
+        return tuple(out) if need.keep else (out,)
+
+    return Example(leaves, call)
+
+
+def _grouped(need: Need, draw: _Draw) -> Example:
+    """Three experts, one of which sees no token."""
+    inside, outside = need.features
+    counts = (9, 0, 6)
+    leaves = {"x": draw(sum(counts), inside), "w": draw(len(counts), outside, inside)}
+    return Example(leaves, lambda fn, at: (fn(at["x"], at["w"], counts), fn(at["x"][:0], at["w"], (0, 0, 0))))
+
+
+def _permute(need: Need, draw: _Draw) -> Example:
+    """Two of four experts for every token, and none for any."""
+    tokens = 11
+    routes = torch.zeros(tokens, 4, dtype=torch.bool)
+    routes.scatter_(1, torch.stack([torch.randperm(4, generator=draw.generator)[:2] for _ in range(tokens)]), True)
+    leaves = {"x": draw(tokens, 24), "weights": draw(tokens, 4)}
+
+    def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
+        (there, back), x, mask = fn, at["x"], routes.to(at["x"].device)
+        rows, where = there(x, mask, 2 * tokens)
+        nothing, nowhere = there(x, torch.zeros_like(mask), 0)
+        return rows, back(rows, where, at["weights"]), back(rows, where, None), back(nothing, nowhere, None)
+
+    return Example(leaves, call)
+
+
+def _adamw(need: Need, draw: _Draw) -> Example:
+    """Three updates of two groups; the moments are outputs too. No gradients."""
+    leaves = {"x": draw(7), "y": draw(3, 5), "g": draw(3, 7), "h": draw(3, 3, 5)}
+
+    def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
+        x, y = (at[name].detach().clone() for name in "xy")
+        groups = [{"params": [x], "weight_decay": 0.1}, {"params": [y], "weight_decay": 0.0}]
+        optimizer = fn(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-6)
+        for i in range(3):
+            x.grad, y.grad = at["g"].detach()[i], at["h"].detach()[i]
+            for group, factor in zip(optimizer.param_groups, (1.0, 0.5), strict=True):
+                group["lr"] = 0.01 * factor * (i + 1)
+            optimizer.step()
+        return x, y, *(optimizer.state[p][kind] for p in (x, y) for kind in ("exp_avg", "exp_avg_sq"))
+
+    return Example(leaves, call)
+
+
 EXAMPLES: dict[str, Callable[[Need, _Draw], Example]] = {
     "norm": _norm,
     "sharded_norm": _norm,
@@ -210,6 +267,10 @@ EXAMPLES: dict[str, Callable[[Need, _Draw], Example]] = {
     "activation": _activation,
     "cross_entropy": _cross_entropy,
     "linear": _linear,
+    "norm_linear": _norm_linear,
+    "adamw": _adamw,
+    "grouped_gemm": _grouped,
+    "permute": _permute,
 }
 
 
@@ -225,7 +286,13 @@ def typical(op: str, device: str, dtype: torch.dtype) -> Need:
         return Need(op, device, dtype, norms=(wide,), sharded=op == "sharded_norm")
     if op in ("activation", "act_stats"):
         return Need(op, device, dtype, kind="silu", gated=op == "act_stats", norms=(wide,))
-    norms = {"add_norm": (wide,), "norm_add": (wide,), "norm_add_norm": (wide, wide), "qkv_norm_rope": (head,) * 3}
+    norms = {
+        "add_norm": (wide,),
+        "norm_linear": (wide,),
+        "norm_add": (wide,),
+        "norm_add_norm": (wide, wide),
+        "qkv_norm_rope": (head,) * 3,
+    }
     return replace(need, norms=norms.get(op, ()))
 
 
@@ -237,7 +304,8 @@ def run(fn: Callable[..., Any], example: Example, like: torch.dtype, dtype: torc
     }
     outputs = example.call(fn, leaves)
     draw = _Draw(1, (0, 0))
-    torch.autograd.backward(outputs, [draw(*y.shape).to(device=y.device, dtype=y.dtype) for y in outputs])
+    tracked = [y for y in outputs if y.requires_grad]  # an optimizer's results are not
+    torch.autograd.backward(tracked, [draw(*y.shape).to(device=y.device, dtype=y.dtype) for y in tracked])
     return [x.detach().double().cpu() for x in (*outputs, *(x.grad for x in leaves.values() if x.grad is not None))]
 
 
@@ -250,7 +318,8 @@ def difference(offer: Offer, need: Need, device: str, rows: tuple[int, int] = (5
     got = run(offer.make(need), example, need.dtype, need.dtype, device)
     if [x.shape for x in got] != [x.shape for x in wanted]:
         return float("inf")
-    worst = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)]
+    pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a.numel()]
+    worst = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs]
     return max(float("inf") if value != value else value for value in worst)
 
 
@@ -261,7 +330,7 @@ def verify(offer: Offer, need: Need) -> Refusal:
         return None
     with torch.enable_grad():
         try:
-            found = difference(offer, need, need.device)
+            found = difference(offer, replace(need, ranks=1, split_tokens=False), need.device)
         except Exception as error:  # whatever a compiler or a library throws: it cannot serve here
             first = (str(error).splitlines() or [""])[0]
             return f"does not run on this machine ({type(error).__name__}: {first})"

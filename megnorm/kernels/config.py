@@ -13,12 +13,13 @@ class KernelConfig:
     check: before a backend other than PyTorch serves on an accelerator, compare it once with the reference, values and
     gradients, on a small example; one that differs, or does not run, refuses.
     fp8: the recipe by which Transformer Engine's linear layers in the blocks quantize: "current" (a scale for a tensor, of its
-    own largest value), "block" (128 x 128 and 1 x 128) or "mxfp8". None: they multiply in the working precision.
+    own largest value), "delayed" (of the largest values seen lately, which checkpoints hold), "block" (128 x 128 and 1 x 128)
+    or "mxfp8". None: they multiply in the working precision.
     fp8_spare: how many blocks at the beginning and at the end of the model stay in the working precision.
     """
 
     prefer: Mapping[str, str] = field(default_factory=dict)
     deterministic: bool = False
     check: bool = True
-    fp8: Literal["current", "block", "mxfp8"] | None = None
+    fp8: Literal["current", "delayed", "block", "mxfp8"] | None = None
     fp8_spare: tuple[int, int] = (0, 0)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 OPS = {
     "norm": "N(x)",
@@ -20,7 +21,7 @@ OPS = {
     "activation": "act(x), or act(gate) * up",
     "cross_entropy": "token losses over a vocabulary spread over tp ranks",
     "linear": "x W^T + b",
-    "norm_linear": "N(x) W^T + b",
+    "norm_linear": "N(x) W^T + b, and N(x) where it goes on",
     "permute": "tokens to the order of their experts, and back",
     "grouped_gemm": "one product for each expert",
     "adamw": "the update of masters and moments",
@@ -49,7 +50,8 @@ class Need:
     kind: an activation's name. gated: it multiplies a second input. norms: of the operation, in order (None: absent).
     heads, kv_heads: on this rank. mask: a mask beside causality (padding). packed: documents that do not see each other.
     features: of a product, in and out, on this rank; biased: it adds a bias; tokens: its rows in a micro-batch (0: not known);
-    quantize: the recipe (kernels.fp8), "" for none.
+    quantize: the recipe (kernels.fp8), "" for none. ranks: over which its outputs are spread, where the operation
+    communicates itself; split_tokens: its input's tokens are spread over them too. keep: the norm's output is wanted.
 
     dropout: of attention weights. deterministic: the same bits every run. capture: it will run in a CUDA graph.
     """
@@ -70,6 +72,9 @@ class Need:
     biased: bool = False
     tokens: int = 0
     quantize: str = ""
+    ranks: int = 1
+    split_tokens: bool = False
+    keep: bool = False
     dropout: bool = False
     deterministic: bool = False
     capture: bool = False
@@ -105,6 +110,19 @@ class Choice:
     refusals: tuple[tuple[str, str], ...]
 
 
+@runtime_checkable
+class Keeper(Protocol):
+    """An implementation that keeps something between calls, which checkpoints hold.
+
+    unit: what recompute computes at the moment, for the first time or again; whoever builds the implementation sets it.
+    state: tensors by name, the same on all ranks of a stage; written in place when a run continues.
+    """
+
+    unit: Callable[[], object | None]
+
+    def state(self) -> dict[str, Tensor]: ...
+
+
 _offers: list[Offer] = []
 _choices: dict[Need, Choice] = {}
 
@@ -135,8 +153,6 @@ def choose(
     for op in prefer:
         if op not in OPS:
             raise ValueError(f"kernels.prefer.{op}: there is no such operation; there are {', '.join(OPS)}")
-        if not offers(op):
-            raise ValueError(f"kernels.prefer.{op}: no layer asks for this operation yet; remove the preference")
     wanted = prefer.get(need.op)
     refusals: list[tuple[str, str]] = []
     for candidate in offers(need.op):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megnorm.kernels.registry import Need, NormForm, offer
@@ -97,6 +98,23 @@ def make_act_stats(need: Need) -> Callable[..., Tensor]:
         return norm(act(gate) if up is None else act(gate, up), p, args)
 
     return act_stats
+
+
+@offer("norm_linear", "torch", 0, _serves_all)
+def make_norm_linear(need: Need) -> Callable[..., Any]:
+    """fn(x [s, b, d], params, args, weight [out, d], bias, axis) -> N(x) W^T + b [s, b, out]; need.keep: and N(x).
+
+    Over several ranks of ``axis`` the layer's own steps are the reference: they communicate, and this does not.
+    """
+    assert need.ranks == 1
+    norm = _norm(need, need.norm)
+
+    def norm_linear(x: Tensor, p: Params, args: NormArgs, weight: Tensor, bias: Tensor | None, axis: Any) -> Any:
+        u = norm(x, p, args)
+        y = F.linear(u, weight, bias)
+        return (y, u) if need.keep else y
+
+    return norm_linear
 
 
 @offer("head_scale", "torch", 0, _serves_all)

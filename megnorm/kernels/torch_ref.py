@@ -200,6 +200,19 @@ def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]
     return F.linear
 
 
+@offer("adamw", "torch", 0, _serves_all)
+def make_adamw(need: Need) -> Callable[..., torch.optim.Optimizer]:
+    """fn(groups, *, lr, betas, eps) -> an optimizer with decoupled decay; state of a parameter: exp_avg, exp_avg_sq.
+
+    How many updates the moments have seen is "step": a tensor in each parameter's state here, an int in each group elsewhere.
+    """
+
+    def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    return adamw
+
+
 @offer("activation", "torch", 0, _serves_all)
 def make_activation(need: Need) -> Callable[..., Tensor]:
     """fn(x) -> act(x) by name; gated: fn(gate, up) -> act(gate) * up."""

@@ -1,7 +1,7 @@
-"""Transformer Engine: norms, attention (dense and packed), FP8 products, cross entropy over a split vocabulary.
+"""Transformer Engine: norms, attention (dense and packed), cross entropy over a split vocabulary, Adam.
 
 Its modules own their parameters; ours lie in our layers, with their layouts. So a module is built on ``meta`` and is lent our
-parameters when it is called. Collectives stay ours too: its linear layer multiplies what a rank holds.
+parameters when it is called. Products, which it can quantize, are in te_products.py.
 """
 
 import os
@@ -34,31 +34,17 @@ LOSS = library(
         "transformer-engine 2.2 or newer has it",
     )
 )
-
-FP8 = library(
+ADAM = library(
     Library(
-        "transformer_engine FP8",
+        "transformer_engine Adam",
         "transformer-engine",
-        (
-            (("transformer_engine.pytorch",), ("Linear", "autocast")),
-            (
-                ("transformer_engine.common.recipe",),
-                ("Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
-            ),
-        ),
-        "transformer-engine 2.9 or newer has it",
-        capability=(8, 9),
+        ((("transformer_engine.pytorch.optimizers",), ("FusedAdam",)),),
+        "transformer-engine 2.0 or newer has it",
     )
 )
-# recipe: its class, the function that says whether the device has it, and what sizes must be multiples of
-RECIPES = {
-    "current": ("Float8CurrentScaling", "is_fp8_available", 16),
-    "block": ("Float8BlockScaling", "is_fp8_block_scaling_available", 16),
-    "mxfp8": ("MXFP8BlockScaling", "is_mxfp8_available", 32),
-}
 
 
-def _on_cuda(need: Need, which: Library = TE) -> Refusal:
+def on_cuda(need: Need, which: Library = TE) -> Refusal:
     return "runs on CUDA devices" if need.device != "cuda" else which.missing()
 
 
@@ -74,7 +60,7 @@ def refuse_norm(need: Need) -> Refusal:
         return "rounds after the gain; set model.norm.cast to after_gain"
     if need.dtype == torch.float64:
         return "computes in fp32"
-    return _on_cuda(need)
+    return on_cuda(need)
 
 
 @offer("norm", BACKEND, 40, refuse_norm)
@@ -113,7 +99,7 @@ def _refuse_attention(need: Need) -> Refusal:
         return "takes packed documents or a mask, not both"
     if need.packed and need.capture:
         return "document lengths change from graph to graph"
-    return _on_cuda(need)
+    return on_cuda(need)
 
 
 @offer("attention", BACKEND, 40, refuse_attention)
@@ -167,7 +153,7 @@ def make_attention(need: Need) -> Callable[..., Tensor]:
 def refuse_loss(need: Need) -> Refusal:
     if need.dtype not in (torch.bfloat16, torch.float32):
         return "takes bf16 and fp32 alone"
-    return _on_cuda(need, LOSS)
+    return on_cuda(need, LOSS)
 
 
 @offer("cross_entropy", BACKEND, 30, refuse_loss)
@@ -185,45 +171,14 @@ def make_loss(need: Need) -> Callable[..., Tensor]:
     return loss
 
 
-def refuse_linear(need: Need) -> Refusal:
-    if not need.quantize:
-        return _on_cuda(need, FP8)
-    if not low_precision(need):
-        return "quantizes bf16 and fp16 (train.precision)"
-    kind, available, step = RECIPES[need.quantize]
-    if any(size % step for size in need.features):
-        sizes = f"{need.features[0]} by {need.features[1]}"
-        return f"{need.quantize} needs multiples of {step} on each rank, and a product here is {sizes}"
-    if need.tokens % step:
-        return (
-            f"{need.quantize} needs a multiple of {step} tokens in a micro-batch, not {need.tokens}: "
-            "train.micro_batch * train.sequence_length"
-        )
-    reason = _on_cuda(need, FP8)
-    if reason is not None:
-        return reason
-    has, why = getattr(FP8.module(), available)(return_reason=True)
-    return None if has else str(why)
+def refuse_adam(need: Need) -> Refusal:
+    return "updates fp32 masters" if need.dtype != torch.float32 else on_cuda(need, ADAM)
 
 
-# Without quantization it is one more way to call cuBLAS: it serves who asks for it.
-@offer("linear", BACKEND, -1, refuse_linear)
-def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    te = FP8.module()
-    recipe = getattr(FP8.module(1), RECIPES[need.quantize][0])() if need.quantize else None
-    module: list[Any] = []
+# torch's own is one kernel a group too: it serves who asks for it.
+@offer("adamw", BACKEND, -1, refuse_adam)
+def make_adam(need: Need) -> Callable[..., torch.optim.Optimizer]:
+    def adam(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> Any:
+        return ADAM.module().FusedAdam(groups, lr=lr, betas=betas, eps=eps, adam_w_mode=True, bias_correction=True)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not module:
-            out_features, in_features = weight.shape
-            made = te.Linear(in_features, out_features, bias=bias is not None, params_dtype=need.dtype, device="meta")
-            module.append(made.requires_grad_(False))
-        module[0]._parameters["weight"] = weight
-        if bias is not None:
-            module[0]._parameters["bias"] = bias
-        # No first micro-batch is named: weights are quantized anew in each, and gradients are ours to add up.
-        with te.autocast(enabled=recipe is not None, recipe=recipe):
-            y: Tensor = module[0](x)
-        return y
-
-    return linear
+    return adam

@@ -50,10 +50,12 @@ class SelfAttention(SubLayer):
             **local,
         )
         self.rope = env.kernel("rope", head_dim=hd)
+        self.entry = fused.entry(self, self.qkv, env)
         self.prepare = fused.heads((self.q_norm, self.k_norm, self.v_norm), env, **local)
 
-    def body(self, u: Tensor, context: Context) -> Tensor:
-        y = self.recompute("attention", partial(self._core, context=context), *self.qkv(u))
+    def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(u) if h is None else h.split(self.qkv.sizes, dim=-1)
+        y = self.recompute("attention", partial(self._core, context=context), *qkv)
         y = self.recompute("projections", self.o, y)
         if self.scale_place == "post_projection":
             y = self.recompute("norms", self._scale_slices, y)

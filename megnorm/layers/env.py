@@ -1,6 +1,7 @@
 """What every layer is built with, and what every layer is called with."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ class Env:
 
     compute: dtype of activations, for which kernels are chosen; None: dtype. (Weights start in fp32 and are lowered later.)
     packed: rows will be packed documents. tokens: of a micro-batch; 0: not known. quantize: the recipe of FP8 products here.
+    region: what the forward pass of a stage runs in.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -32,6 +34,7 @@ class Env:
     packed: bool = False
     tokens: int = 0
     quantize: str = ""
+    region: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def device(self) -> torch.device:

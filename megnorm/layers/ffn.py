@@ -23,10 +23,11 @@ class FeedForward(SubLayer):
         self.down = RowParallelLinear(cfg.ffn, cfg.width, "down", env, bias=cfg.bias)
         kind = GATED.get(cfg.activation, cfg.activation)
         self.act = env.kernel("activation", kind=kind)
+        self.entry = fused.entry(self, self.up, env)
         self.act_norm = fused.inner(self.inner_norm, env, kind=kind, gated=cfg.gated)
 
-    def body(self, u: Tensor, context: Context) -> Tensor:
-        h = self.up.linear(u)
+    def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
+        h = self.up.linear(u) if h is None else h
         if self.act_norm is not None and not fused.watched(self.inner_norm):
             inner = self.recompute("activations", self._activate_and_normalize, h)
         else:

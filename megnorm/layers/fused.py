@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megnorm.kernels.registry import NormForm
 from megnorm.layers.env import Env
+from megnorm.layers.linear import ColumnParallelLinear
 from megnorm.layers.norm import NormLayer
 from megnorm.layers.recompute import Recompute
 from megnorm.layers.residual import Add
@@ -29,6 +30,7 @@ class Sub(Protocol):
     residual: Add
     dropout: Any
     recompute: Recompute
+    entry: "Entry | None"
 
 
 def watched(*modules: nn.Module) -> bool:
@@ -118,7 +120,12 @@ class Boundary:
 
 
 def boundary(first: Sub, second: Sub, dropout: float, env: Env) -> Boundary | None:
-    """add + norm, or norm + add + norm, inside a block. Two outputs are no unit that could be recomputed for one of them."""
+    """add + norm, or norm + add + norm, inside a block. Two outputs are no unit that could be recomputed for one of them.
+
+    A norm that is joined with the product behind it is not joined with the sum before it.
+    """
+    if second.entry is not None:
+        return None
     factors, after, before = _factors(first.residual), _local(second.input_norm), _local(first.output_norm)
     if factors is None or after is None or not _absent(first.post_norm) or "norms" in env.recompute.modes:
         return None
@@ -129,6 +136,47 @@ def boundary(first: Sub, second: Sub, dropout: float, env: Env) -> Boundary | No
     else:
         return None
     return None if kernel is None else Boundary(kernel, before is not None, factors)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The input norm and the product behind it: x -> all its outputs side by side [s, b, local rows], and N(x) where kept."""
+
+    kernel: Kernel
+    norm: NormLayer
+    product: ColumnParallelLinear
+    keep: bool
+
+    def watched(self) -> bool:
+        return watched(self.norm, self.product)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.kernel(x, *self.norm.given(x), self.product.weight, self.product.bias, self.product.mesh.tp)
+        h, u = out if self.keep else (out, x)  # where it is not kept, nobody reads it
+        return h, u
+
+
+def entry(sub: Sub, product: ColumnParallelLinear, env: Env) -> Entry | None:
+    """None too where the norm's output is recomputed, and where the gathered one is kept: the operation saves its own."""
+    norm, mesh = sub.input_norm, env.mesh
+    form = _local(norm)
+    if form is None or not isinstance(norm, NormLayer) or norm.args.scale != 1.0:
+        return None
+    if "norms" in env.recompute.modes or mesh.keep_gathered:
+        return None
+    keep = sub.residual.source == "input"
+    kernel = env.fused(
+        "norm_linear",
+        norms=(form,),
+        features=(form.width, sum(product.sizes)),
+        biased=product.bias is not None,
+        tokens=env.tokens,
+        quantize=env.quantize,
+        ranks=mesh.tp.size,
+        split_tokens=mesh.sequence_parallel,
+        keep=keep,
+    )
+    return None if kernel is None else Entry(kernel, norm, product, keep)
 
 
 def heads(norms: tuple[nn.Module, ...], env: Env, **sizes: int) -> Kernel | None:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megnorm.kernels.registry import Keeper
 from megnorm.layers.env import Env
+from megnorm.layers.recompute import running
 from megnorm.parallel.collectives import (
     all_gather,
     copy_to,
@@ -116,7 +118,10 @@ class ColumnParallelLinear(nn.Module):
 
 def _product(inside: int, outside: int, biased: bool, env: Env) -> Callable[..., Any] | None:
     """What multiplies this rank's features in place of F.linear; None: F.linear itself."""
-    return env.fused("linear", features=(inside, outside), biased=biased, tokens=env.tokens, quantize=env.quantize)
+    product = env.fused("linear", features=(inside, outside), biased=biased, tokens=env.tokens, quantize=env.quantize)
+    if isinstance(product, Keeper):
+        product.unit = running
+    return product
 
 
 class RowParallelLinear(nn.Module):

@@ -44,10 +44,22 @@ class SubLayer(nn.Module):
         self.recompute = env.recompute
         self.dropout = Dropout(dropout, env, name, local=env.mesh.sequence_parallel)
         self.join = fused.join(self, dropout, env)
+        self.entry: fused.Entry | None = None  # a sub-layer that begins with a product may have one
 
-    def body(self, u: Tensor, context: Context) -> Tensor:
-        """The branch F: [s, b, d] -> [s, b, d]. Abstract: every kind of sub-layer has its own."""
+    def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
+        """The branch F: [s, b, d] -> [s, b, d]. Abstract: every kind of sub-layer has its own.
+
+        h: the first product, of all its outputs, where it is there already (``entry``).
+        """
         raise NotImplementedError
+
+    def branch(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x [s, b, d] -> u = input(x), as the residual may want it, and F(u)."""
+        if self.entry is None or self.entry.watched():
+            u = self.input_norm(x)
+            return u, self.body(u, context)
+        h, u = self.entry(x)
+        return u, self.body(u, context, h)
 
     def forward(
         self,
@@ -62,8 +74,10 @@ class SubLayer(nn.Module):
 
         u: the input norm's output, where it is there already.
         """
-        u = self.input_norm(stream if read is None else read) if u is None else u
-        y = self.body(u, context)
+        if u is None:
+            u, y = self.branch(stream if read is None else read, context)
+        else:
+            y = self.body(u, context)
         if self.join is not None and not self.join.watched(self):
             return self.join(self, stream, u, y)
         y = self.dropout(self.output_norm(y))

@@ -1,16 +1,18 @@
 """From a plan to a run: mesh, model, optimizer, data, all that a step touches."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from megnorm.checkpoint.saver import own_barrier
+from megnorm.config import RunConfig
 from megnorm.data.batch import Batch
 from megnorm.data.choose import open_split
 from megnorm.data.loader import Loader
-from megnorm.kernels import registry
+from megnorm.kernels import backends, registry
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
@@ -20,7 +22,7 @@ from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
 from megnorm.parallel.layout import Named, named_matrices
-from megnorm.parallel.mesh import Mesh, build_mesh
+from megnorm.parallel.mesh import Mesh, build_mesh, stage_axis
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
@@ -75,6 +77,8 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         valid_data = open_data(plan, "valid") if config.train.eval_batches else None
     mesh = mesh_of(plan, device)
     stages, rng = build_stages(plan, mesh)
+    masters = torch.promote_types(DTYPES[config.train.precision], torch.float32)
+    adamw = backends.chosen(registry.Need("adamw", device.type, masters), config.kernels)[1]
     _agree_on_kernels(mesh)
     flat = flatten(plan, mesh, stages)
     return Run(
@@ -85,7 +89,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         Pipeline(stages, mesh),
         rng,
         flat,
-        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard),
+        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard, adamw=adamw),
         LossScale(config.optim.loss_scale if config.train.precision == "fp16" else 1.0, config.optim.loss_scale_window),
         Observer(
             list(stages.values()),
@@ -140,6 +144,7 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
         recompute,
         packed=config.data.separate_documents,
         tokens=config.train.micro_batch * config.train.sequence_length,
+        region=_region(config, mesh),
     )
     stages = {
         index: build_model(
@@ -153,6 +158,10 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
         for index in own_stages(plan, mesh)
     }
     return stages, rng
+
+
+def _region(config: RunConfig, mesh: Mesh) -> Callable[[], AbstractContextManager[None]]:
+    return backends.delayed_region(stage_axis(mesh).group) if config.kernels.fp8 == "delayed" else nullcontext
 
 
 def own_stages(plan: Plan, mesh: Mesh) -> range:

@@ -120,9 +120,6 @@ def describe_kernels(dtype: str) -> list[str]:
         lines.append(f"  {library.name:<34} {library.version():<12} {library.missing() or 'serves'}")
     lines.append(f"operations, {dtype} on {device} (an example of each; a run asks for its own sizes)")
     for op, meaning in registry.OPS.items():
-        if not registry.offers(op):
-            lines.append(f"  {op:<14} no layer asks for it yet: {meaning}")
-            continue
         need = check.typical(op, device, DTYPES[dtype])
         served = registry.choose(need, {})
         lines.append(f"  {op:<14} {served.backend:<19} {meaning}")

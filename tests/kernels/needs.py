@@ -52,7 +52,19 @@ def needs(op: str, dtype: torch.dtype, device: str = "cuda") -> list[Need]:
         return [even, replace(even, packed=True), replace(even, mask=True), replace(even, kv_heads=6)]
     if op == "linear":
         plain = replace(base, features=(48, 32), tokens=64)
-        low = [replace(plain, quantize=recipe) for recipe in ("current", "block")] if dtype == torch.bfloat16 else []
+        recipes = ("current", "block", "delayed")
+        low = [replace(plain, quantize=recipe) for recipe in recipes] if dtype == torch.bfloat16 else []
         mx = [replace(plain, features=(64, 32), quantize="mxfp8")] if dtype == torch.bfloat16 else []
         return [plain, replace(plain, biased=True), *low, *(replace(need, biased=True) for need in mx)]
+    if op == "norm_linear":
+        plain = replace(base, features=(48, 32), tokens=64)
+        made = [replace(plain, norms=(form,), keep=i % 2 == 1, biased=i % 3 == 0) for i, form in enumerate(forms(48))]
+        if dtype == torch.bfloat16:
+            made += [replace(need, quantize=recipe) for need in made[:2] for recipe in ("current", "block")]
+        return made
+    if op == "grouped_gemm":
+        plain = replace(base, features=(48, 32))
+        if dtype != torch.bfloat16:
+            return [plain]
+        return [plain, *(replace(plain, quantize=recipe) for recipe in ("current", "block", "delayed"))]
     return [heads]

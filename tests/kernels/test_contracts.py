@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megnorm.kernels import backends, check, libraries, registry
+from megnorm.kernels import backends, check, libraries, registry, te_products
+from megnorm.kernels.registry import NormForm
 from megnorm.layers import loss
-from tests.kernels import fakes
+from tests.kernels import fakes, faking
 from tests.kernels.needs import needs
 
 assert backends.REFERENCE and loss.make_cross_entropy
-BORROWED = [offer for offer in registry.offers() if offer.backend not in ("torch", "triton")]
+BORROWED = [offer for offer in registry.offers() if not offer.backend.startswith(("torch", "triton"))]
 # flash-attn 4 and 2 share a package name; a need of each offer that it must serve
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -27,7 +28,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     libraries.probe.cache_clear()
     libraries.no_device.cache_clear()
-    fakes.CALLS.clear()
+    faking.CALLS.clear()
     yield
     libraries.probe.cache_clear()
     libraries.no_device.cache_clear()
@@ -38,10 +39,10 @@ def test_agrees_with_the_reference(offer: registry.Offer) -> None:
     served = [need for dtype in DTYPES for need in needs(offer.op, dtype) if offer.refuse(need) is None]
     assert served, "an offer without a contract test"
     for seed, need in enumerate(served):
-        fakes.CALLS.clear()
+        faking.CALLS.clear()
         found = check.difference(offer, need, "cpu", seed=seed)
         assert found <= check.tolerance(need), (need, found)
-        assert fakes.CALLS, "the library was not called"
+        assert faking.CALLS, "the library was not called"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_packed_documents_and_determinism(offer: registry.Offer) -> None:
     assert offer.refuse(base) is None
     assert check.difference(offer, base, "cpu") <= check.TOLERANCE[torch.bfloat16]
     if offer.backend.startswith("flash"):
-        assert all(given.get("deterministic") is True for _, given in fakes.CALLS)
+        assert all(given.get("deterministic") is True for _, given in faking.CALLS)
     assert "graph" in str(offer.refuse(replace(base, capture=True)))
 
 
@@ -105,17 +106,25 @@ def test_an_explicit_wish_is_served(ops: tuple[str, str]) -> None:
 def test_fp8_is_served_or_refused() -> None:
     """By its recipe, with the sizes it needs; never by a product in another precision."""
     base = next(n for n in needs("linear", torch.bfloat16) if n.quantize == "current")
-    te = next(o for o in registry.offers("linear") if o.backend == "transformer_engine")
-    chosen = registry.choose(base, {})
-    assert chosen.backend == "transformer_engine"
-    for recipe, name in (("current", "Float8CurrentScaling"), ("block", "Float8BlockScaling")):
-        fakes.CALLS.clear()
-        check.difference(te, replace(base, quantize=recipe), "cpu")
-        assert ("Linear.forward", {"recipe": name}) in fakes.CALLS
+    te = registry.choose(base, {})
+    assert te.backend == "transformer_engine"
+    for recipe, (name, _, _) in te_products.RECIPES.items():
+        if recipe == "mxfp8":
+            continue
+        faking.CALLS.clear()
+        need = replace(base, quantize=recipe)
+        check.difference(registry.choose(need, {}), need, "cpu")
+        assert ("Linear.forward", {"recipe": name}) in faking.CALLS
     assert "multiples of 16" in str(te.refuse(replace(base, features=(48, 24))))
     assert "multiples of 32" in str(te.refuse(replace(base, quantize="mxfp8")))
     assert "train.micro_batch" in str(te.refuse(replace(base, tokens=24)))
     assert "train.precision" in str(te.refuse(replace(base, dtype=torch.float32)))
+    spread = replace(base, op="norm_linear", norms=(NormForm("rmsnorm", 48),), ranks=4, split_tokens=True)
+    joined = next(o for o in registry.offers("norm_linear") if o.priority > 0)
+    assert joined.refuse(spread) is None
+    assert "on each of 4 ranks, not 32 in all" in str(joined.refuse(replace(spread, tokens=32)))
+    assert "keeps no history" in str(joined.refuse(replace(spread, quantize="delayed")))
+    assert "serves who asks" in str(joined.refuse(replace(spread, quantize="")))
     del sys.modules["transformer_engine.pytorch"].autocast
     libraries.probe.cache_clear()
     with pytest.raises(ValueError, match="kernels.fp8=current: nothing on this machine serves.*2.9 or newer"):
