@@ -13,10 +13,12 @@ from megnorm.kernels.config import KernelConfig
 from megnorm.kernels.registry import Need, NormForm, Offer
 from megnorm.layers import loss
 from megnorm.layers.env import Env
+from megnorm.layers.recompute import Recompute
 from megnorm.models.causal import CausalLM, Tokens, build_model
 from megnorm.models.config import ModelConfig
 from megnorm.norms import registry as schemes
 from megnorm.norms.config import NormConfig
+from megnorm.parallel.mesh import Mesh
 from megnorm.plan import PlanError, make_plan
 from tests.kernels.needs import needs
 
@@ -137,12 +139,14 @@ def _results(model: CausalLM, batch: Tokens) -> list[torch.Tensor]:
 BOTH = ("postln", {"all_layers": {"ffn": {"output": {}}, "attention": {"output": {"scale": 0.5}}}})
 
 
-def _joined(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Let the reference's own joined operations serve from now on; which ones do."""
+def _joined(monkeypatch: pytest.MonkeyPatch, without: str = "") -> set[str]:
+    """Let the reference's own joined operations serve from now on; which ones do. without: but for one."""
     used: set[str] = set()
 
-    def fused(self: Env, op: str, **detail: Any) -> Callable[..., Any]:
+    def fused(self: Env, op: str, **detail: Any) -> Callable[..., Any] | None:
         fn = self.kernel(op, **detail)
+        if op == without:
+            return None
 
         def counted(*args: Any) -> Any:
             used.add(op)
@@ -161,27 +165,46 @@ def test_joined_operations_mean_the_same(scheme: Any, monkeypatch: pytest.Monkey
     options: dict[str, Any] = {"activation": "gelu", "bias": True} if len(scheme) % 2 else {}
     options["patch"] = patch
     wanted = _results(*_model(scheme, **options))
-    _joined(monkeypatch)
-    got = _results(*_model(scheme, **options))
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    for without in ("", "norm_linear"):
+        with monkeypatch.context() as patched:
+            _joined(patched, without)
+            got = _results(*_model(scheme, **options))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "ops"),
+    ("scheme", "ops", "with_products"),
     [
-        ("preln", {"add_norm"}),
-        ("deepnorm", {"add_norm"}),
-        ("sandwich", {"norm_add", "norm_add_norm"}),
-        ("hybridnorm", {"add_norm", "qkv_norm_rope"}),
-        ("normformer", {"norm_add_norm", "act_stats"}),
+        ("preln", {"add_norm"}, {"norm_linear"}),
+        ("deepnorm", {"add_norm"}, {"add_norm"}),
+        ("sandwich", {"norm_add", "norm_add_norm"}, {"norm_add", "norm_linear"}),
+        ("hybridnorm", {"add_norm", "qkv_norm_rope"}, {"norm_linear", "qkv_norm_rope"}),
+        ("normformer", {"norm_add_norm", "act_stats"}, {"norm_add", "norm_linear", "act_stats"}),
+        ("lns", {"add_norm"}, {"add_norm", "norm_linear"}),  # behind the first layer a factor stands between them
     ],
 )
-def test_what_a_scheme_can_join(scheme: str, ops: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_scheme_can_join(
+    scheme: str, ops: set[str], with_products: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for without, wanted in (("norm_linear", ops), ("", with_products)):
+        with monkeypatch.context() as patched:
+            used = _joined(patched, without)
+            model, batch = _model(scheme)
+            model(batch)
+        assert used - {"linear"} == wanted
+
+
+def test_a_norm_stays_apart_from_its_product_where_the_run_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms that are recomputed, and gathered tokens that are kept."""
     used = _joined(monkeypatch)
-    model, batch = _model(scheme)
-    model(batch)
-    assert used - {"linear"} == ops
+    cfg = ModelConfig(layers=1, width=24, heads=4, ffn=36, vocab_size=29, max_positions=16)
+    norms, kept = Recompute(["norms"]), Mesh(sequence_parallel=True, keep_gathered=True)
+    for env in (Env(recompute=norms), Env(mesh=kept)):
+        model = build_model(cfg, env, vocab_multiple=1)
+        assert all(block.ffn.entry is None and block.attention.entry is None for block in model.blocks.values())
+    assert build_model(cfg, Env(), vocab_multiple=1).blocks["0"].ffn.entry is not None
+    assert "norm_linear" not in used
 
 
 def test_a_watched_norm_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
