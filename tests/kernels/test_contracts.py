@@ -10,8 +10,9 @@ import torch
 from megnorm.kernels import backends, check, libraries, registry, te_products
 from megnorm.kernels.registry import NormForm
 from megnorm.layers import loss
-from tests.kernels import fakes, faking
+from tests.kernels import faking
 from tests.kernels.needs import needs
+from tests.kernels.serving import installed
 
 assert backends.REFERENCE and loss.make_cross_entropy
 BORROWED = [offer for offer in registry.offers() if not offer.backend.startswith(("torch", "triton"))]
@@ -20,18 +21,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
-def _installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine with a Hopper device and all libraries."""
-    for path, module in fakes.modules().items():
-        monkeypatch.setitem(sys.modules, path, module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    libraries.probe.cache_clear()
-    libraries.no_device.cache_clear()
-    faking.CALLS.clear()
-    yield
-    libraries.probe.cache_clear()
-    libraries.no_device.cache_clear()
+def _installed() -> Iterator[None]:
+    with installed():
+        yield
 
 
 @pytest.mark.parametrize("offer", BORROWED, ids=lambda offer: f"{offer.backend}-{offer.op}-{offer.priority}")

@@ -84,7 +84,9 @@ def test_every_operation_has_its_reference(op: str) -> None:
     reference = next(offer for offer in registry.offers(op) if offer.backend == "torch")
     for dtype in (torch.float32, torch.bfloat16):
         for need in needs(op, dtype, "cpu"):
-            if need.quantize and op != "norm_linear":  # whose reference is the layer's steps, a quantized product among them
+            if (
+                need.quantize and op != "norm_linear"
+            ):  # whose reference is the layer's steps, a quantized product among them
                 assert reference.refuse(need) == "multiplies in the dtype of activations"
                 continue
             assert reference.refuse(need) is None
@@ -102,8 +104,8 @@ def test_what_runs_on_a_cpu_agrees_with_the_reference(offer: Offer, monkeypatch:
     """Other ways to compute the same in PyTorch. One that serves accelerators alone is asked as if on one."""
     monkeypatch.setattr("megnorm.kernels.torch_experts.no_device", lambda capability: None)
     for dtype in (torch.float32, torch.bfloat16):
-        served = [need for need in needs(offer.op, dtype, "cpu" if offer.priority < 5 else "cuda")]
-        served = [need for need in served if offer.refuse(need) is None]
+        device = "cpu" if offer.priority < 5 else "cuda"
+        served = [need for need in needs(offer.op, dtype, device) if offer.refuse(need) is None]
         assert served
         for seed, need in enumerate(served):
             assert check.difference(offer, need, "cpu", seed=seed) <= check.tolerance(need), need
