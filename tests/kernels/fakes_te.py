@@ -146,7 +146,8 @@ class Product(nn.Module):
         self.ran_in = -1
         self.make = {"device": given["device"], "dtype": given["params_dtype"]}
         outside = given["out_features"] // (given.get("tp_size", 1) if given.get("parallel_mode") else 1)
-        self.weight = nn.Parameter(torch.empty(outside, given["in_features"], **self.make))
+        self.shape = (outside, given["in_features"])
+        self.weight = nn.Parameter(torch.empty(self.shape, **self.make))
         if given["bias"]:
             self.bias = nn.Parameter(torch.empty(outside, **self.make))
 
@@ -160,6 +161,7 @@ class Product(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         bias = self.bias if self.given["bias"] else None
         assert x.dtype == self.weight.dtype and self.weight.device.type != "meta"
+        assert self.weight.shape == self.shape, "a weight that it was not built for"
         CALLS.append((f"{self.name}.forward", {"recipe": STATE.recipe.name if STATE.enabled else None}))
         if not STATE.enabled:
             return F.linear(x, self.weight, bias)
