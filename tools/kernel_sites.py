@@ -47,8 +47,8 @@ INTRODUCTION = """# Which kernel serves which norm
 
 Made by `python tools/kernel_sites.py`, which builds every scheme on the meta device as if on a Hopper GPU with the libraries of
 each column, and asks the registry; nothing was run. bf16, width 2048, 16 heads of 128 (4 for keys and values), RMSNorm, SwiGLU.
-`cast` is model.norm.cast, `fp8` kernels.fp8; `ours` are megnorm's Triton kernels, which need nothing beside torch for CUDA; TE is
-Transformer Engine. In brackets stands the operation, where it holds more than the norm: `add+norm` the residual sum before it,
+`cast` is model.norm.cast, `fp8` kernels.fp8; `ours` are megnorm's Triton kernels, which need nothing beside torch for CUDA; TE
+is Transformer Engine. In brackets stands the operation, where it holds more than the norm: `add+norm` the sum before it,
 `norm+add` the sum behind it, `norm+add+norm` also the next sub-layer's norm, `norm+linear` the product behind it, `heads` the
 norms of q, k and v and the rotation, `act+norm` the activation before it.
 
