@@ -8,6 +8,7 @@ from typing import Any
 from megnorm.kernels import (
     apex,
     check,
+    compiled,
     flash_attn,
     liger,
     registry,
@@ -36,6 +37,7 @@ FILES = (
     triton_offers,
     apex,
     liger,
+    compiled,
 )
 
 

@@ -54,6 +54,7 @@ class Need:
     communicates itself; split_tokens: its input's tokens are spread over them too. keep: the norm's output is wanted.
 
     dropout: of attention weights. deterministic: the same bits every run. capture: it will run in a CUDA graph.
+    compiled: the run lets PyTorch's compiler serve.
     """
 
     op: str
@@ -78,6 +79,7 @@ class Need:
     dropout: bool = False
     deterministic: bool = False
     capture: bool = False
+    compiled: bool = False
 
     @property
     def norm(self) -> NormForm:

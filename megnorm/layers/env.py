@@ -62,7 +62,8 @@ class Env:
         return self.compute or self.dtype
 
     def _need(self, op: str, detail: dict[str, Any]) -> Need:
-        return Need(op, self.device.type, self.working, deterministic=self.kernels.deterministic, **detail)
+        strict, compiled = self.kernels.deterministic, self.kernels.compile
+        return Need(op, self.device.type, self.working, deterministic=strict, compiled=compiled, **detail)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

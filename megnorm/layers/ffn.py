@@ -23,6 +23,7 @@ class FeedForward(SubLayer):
         self.down = RowParallelLinear(cfg.ffn, cfg.width, "down", env, bias=cfg.bias)
         kind = GATED.get(cfg.activation, cfg.activation)
         self.act = env.kernel("activation", kind=kind)
+        self.act_gated = env.fused("activation", kind=kind, gated=True) if cfg.gated else None
         self.entry = fused.entry(self, self.up, env)
         self.act_norm = fused.inner(self.inner_norm, env, kind=kind, gated=cfg.gated)
 
@@ -38,6 +39,9 @@ class FeedForward(SubLayer):
         if not self.gated:
             return self.act(h)
         gate, up = h.split(self.up.sizes, dim=-1)
+        if self.act_gated is not None:
+            y: Tensor = self.act_gated(gate, up)
+            return y
         return self.act(gate) * up
 
     def _activate_and_normalize(self, h: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.kernels.needs import needs
 from tests.kernels.serving import installed
 
 assert backends.REFERENCE and loss.make_cross_entropy
-BORROWED = [offer for offer in registry.offers() if not offer.backend.startswith(("torch", "triton"))]
+BORROWED = [offer for offer in registry.offers() if not offer.backend.startswith(("torch", "triton", "compiled"))]
 # flash-attn 4 and 2 share a package name; a need of each offer that it must serve
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -111,6 +112,36 @@ def test_what_runs_on_a_cpu_agrees_with_the_reference(offer: Offer, monkeypatch:
             assert check.difference(offer, need, "cpu", seed=seed) <= check.tolerance(need), need
 
 
+COMPILED = [offer for offer in registry.offers() if offer.backend == "compiled"]
+
+
+@pytest.mark.parametrize("offer", COMPILED, ids=lambda offer: offer.op)
+def test_the_compiler_takes_the_reference_whole(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with its gradient, without the compiler of kernels, which needs an accelerator to be meant."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("megnorm.kernels.libraries.missing", lambda name: None)
+    for need in _few(needs(offer.op, torch.float32)):
+        assert offer.refuse(need) == "kernels.compile is off"
+        asked = replace(need, compiled=True)
+        assert offer.refuse(asked) is None
+        assert "CUDA" in str(offer.refuse(replace(asked, device="cpu")))
+        assert check.difference(offer, asked, "cpu") <= check.TOLERANCE[torch.float32], need
+
+
+def _few(every: list[Need]) -> list[Need]:
+    """Norms that nobody else has a kernel for; of other operations the first."""
+    rare = [n for n in every if n.norms and n.norms[0] is not None and n.norms[0].kind in ("dyt", "seednorm")]
+    return [n for n in rare or every[:2] if not n.sharded]
+
+
+def test_a_run_may_let_the_compiler_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megnorm.kernels.libraries.missing", lambda name: None)
+    for kernels, backend in ((KernelConfig(), "torch"), (KernelConfig(compile=True), "compiled")):
+        env = Env(kernels=kernels)
+        need = replace(env._need("norm_add", {"norms": (NormForm("dyt", 8, bias=True),)}), device="cuda")
+        assert registry.choose(need, {}).backend == backend
+
+
 def test_every_offer_has_a_reference_and_an_example() -> None:
     for offer in registry.offers():
         assert offer.op in check.EXAMPLES
@@ -194,7 +225,7 @@ def test_what_a_scheme_can_join(
             used = _joined(patched, without)
             model, batch = _model(scheme)
             model(batch)
-        assert used - {"linear"} == wanted
+        assert used - {"linear", "activation"} == wanted
 
 
 def test_a_norm_stays_apart_from_its_product_where_the_run_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
