@@ -206,6 +206,35 @@ def check_regions() -> int:
     return 7
 
 
+def check_models() -> int:
+    """A model of its products is the model without them, and the same bit for bit with recompute: what its autograd functions
+    save and free fits what recompute leaves out."""
+    from megnorm.kernels.config import KernelConfig
+    from megnorm.layers.env import Env
+    from megnorm.layers.recompute import Recompute
+    from megnorm.models.causal import build_model
+    from tests.distributed import cases
+    from tests.kernels.serving import asked_of_cuda
+    from tests.layers.tiny import batches
+
+    config = cases.config("hybridnorm", precision="fp32")
+    ops = ("linear", "norm_linear")
+    runs = []
+    for served, modes in (((), ()), (ops, ()), (ops, ("block",)), (ops, ("projections", "activations"))):
+        kernels = KernelConfig(prefer=dict.fromkeys(served, "transformer_engine"), check=False)
+        with asked_of_cuda(served):
+            net = build_model(config.model, Env(kernels=kernels, recompute=Recompute(modes), tokens=16), seed=1)
+        assert bool(served) == (net.blocks["0"].ffn.entry is not None)
+        for batch in batches(config):
+            net(batch).backward()
+        runs.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    plain, first, *others = runs
+    for name, grad in first.items():
+        torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(grad, other[name]) for other in others), name
+    return len(runs) - 1
+
+
 if __name__ == "__main__":
     te = load()
     with device():
@@ -213,6 +242,5 @@ if __name__ == "__main__":
         from megnorm.kernels.te_products import FP8
 
         assert backends.REFERENCE and FP8.missing() is None, FP8.missing()
-        print(
-            f"{check_offers()} comparisons, {check_construction(te)} modules, {check_regions()} facts of regions: passed"
-        )
+        found = (check_offers(), check_construction(te), check_regions(), check_models())
+        print("{} comparisons, {} modules, {} facts of regions, {} models: passed".format(*found))
