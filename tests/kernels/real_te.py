@@ -16,7 +16,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+os.environ |= {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}
 os.environ |= {
     "NVTE_PROJECT_BUILDING": "1",
     "NVTE_UNFUSED_FP8_UPDATE": "1",
@@ -75,6 +77,30 @@ def rmsnorm_bwd(g: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, *rest: Any) 
     return (gw - xh * (gw * xh).mean(-1, keepdim=True)) * rstd[:, None], (g * xh).sum(0)
 
 
+def convert_thd_to_bshd(x: Tensor, ends: Tensor, b: int, longest: int) -> Tensor:
+    out = x.new_zeros(b, longest, *x.shape[1:])
+    for i, (first, last) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
+        out[i, : last - first] = x[first:last]
+    return out
+
+
+def convert_bshd_to_thd(x: Tensor, ends: Tensor, tokens: int) -> Tensor:
+    sizes = ends.diff().tolist()
+    assert sum(sizes) == tokens
+    return torch.cat([row[:size] for row, size in zip(x, sizes, strict=True)])
+
+
+class _Here(TorchFunctionMode):
+    """What is made on a CUDA device is made here."""
+
+    def __torch_function__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        where = kwargs.get("device")
+        if isinstance(where, int) or "cuda" in str(where):
+            kwargs["device"] = "cpu"
+        return fn(*args, **kwargs)
+
+
 class _OnCuda(Tensor):
     """A tensor of the CPU that says what the library asks."""
 
@@ -85,8 +111,8 @@ def load() -> Any:
     """Import the library over the extension; transformer_engine.pytorch."""
     extension = mock.MagicMock(name="transformer_engine_torch")
     extension.__spec__ = None
-    kernels = (generic_gemm, layernorm_fwd, layernorm_bwd, rmsnorm_fwd, rmsnorm_bwd)
-    for one in (DType, NVTE_Fused_Attn_Backend, *kernels):
+    products = (generic_gemm, layernorm_fwd, layernorm_bwd, rmsnorm_fwd, rmsnorm_bwd)
+    for one in (DType, NVTE_Fused_Attn_Backend, *products, convert_thd_to_bshd, convert_bshd_to_thd):
         setattr(extension, one.__name__, one)
     sys.modules["transformer_engine_torch"] = extension
     import transformer_engine.common
@@ -100,22 +126,25 @@ def load() -> Any:
 @contextmanager
 def device() -> Iterator[None]:
     """As if there were a Hopper device; what the library would put there lies on the CPU."""
-    from transformer_engine.pytorch import quantization, utils
+    from transformer_engine.pytorch import utils
+    from transformer_engine.pytorch.attention.dot_product_attention import utils as attention
+    from transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention import DotProductAttention
     from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule as Base
 
     properties = mock.Mock(multi_processor_count=132, major=9, minor=0)
-    state = quantization.DelayedScalingRecipeState.__init__
+    prepare, attend = Base.prepare_forward, DotProductAttention.forward
 
-    def on_cpu(self: Any, recipe: Any, **kwargs: Any) -> None:
-        state(self, recipe, **{**kwargs, "device": torch.device("cpu")})
+    def on_cuda(x: Any) -> Any:
+        return x.as_subclass(_OnCuda) if isinstance(x, Tensor) else x
 
-    prepare = Base.prepare_forward
+    def attend_here(self: Any, *qkv: Tensor, **kwargs: Any) -> Tensor:
+        out = attend(self, *map(on_cuda, qkv), **{name: on_cuda(x) for name, x in kwargs.items()})
+        return out.as_subclass(Tensor)
 
     def from_cpu(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert x.is_contiguous()
-        prepare(self, x.as_subclass(_OnCuda), *args, **kwargs)
-        return x
+        out = prepare(self, x.as_subclass(_OnCuda), *args, **kwargs)
+        return out if isinstance(x, _OnCuda) else out.as_subclass(Tensor)
 
     with (
         mock.patch.object(torch.cuda, "is_available", lambda: True),
@@ -126,23 +155,26 @@ def device() -> Iterator[None]:
         mock.patch.object(Base, "prepare_forward", from_cpu),
         mock.patch.object(utils, "_empty_tensor", torch.Tensor),
         mock.patch.object(gemm, "get_cublas_workspace", lambda *args: torch.empty(1)),
-        mock.patch.object(quantization.DelayedScalingRecipeState, "__init__", on_cpu),
+        mock.patch.object(attention, "get_cudnn_version", lambda: (9, 12, 0)),
+        mock.patch.object(DotProductAttention, "forward", attend_here),
+        _Here(),
     ):
         yield
 
 
 def check_offers() -> int:
-    """Every offer whose kernels are here, over the registry's own examples: values and gradients."""
+    """Every offer whose kernels are here, over the registry's own examples: values and gradients. Attention is its own unfused
+    one, which knows layouts, masks, groups of heads and packed documents as the fused ones do."""
     from megnorm.kernels import check, registry, te_products
     from tests.kernels.needs import needs
 
     compared = 0
-    for op in ("linear", "norm_linear"):
-        for need in needs(op, torch.float32):
+    for op, dtype in (("linear", torch.float32), ("norm_linear", torch.float32), ("attention", torch.bfloat16)):
+        for need in needs(op, dtype):
             offers = [o for o in registry.offers(op) if o.backend == te_products.BACKEND and not o.refuse(need)]
             for offer in offers:
                 found = check.difference(offer, need, "cpu")
-                assert found <= check.TOLERANCE[torch.float32], (need, found)
+                assert found <= check.TOLERANCE[dtype], (need, found)
                 compared += 1
     return compared
 
