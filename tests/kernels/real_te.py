@@ -90,6 +90,16 @@ def convert_bshd_to_thd(x: Tensor, ends: Tensor, tokens: int) -> Tensor:
     return torch.cat([row[:size] for row, size in zip(x, sizes, strict=True)])
 
 
+def multi_tensor_adam(chunk: int, noop: Tensor, lists: list[list[Tensor]], *rest: Any) -> None:
+    lr, one, two, eps, step, decoupled, corrected, decay = rest
+    assert decoupled == 1 and corrected == 1 and not noop.any()
+    for g, p, mean, square in zip(*lists, strict=True):
+        mean.mul_(one).add_(g, alpha=1 - one)
+        square.mul_(two).addcmul_(g, g, value=1 - two)
+        update = (mean / (1 - one**step)) / ((square / (1 - two**step)).sqrt() + eps)
+        p.sub_(lr * (update + decay * p))
+
+
 class _Here(TorchFunctionMode):
     """What is made on a CUDA device is made here."""
 
@@ -112,7 +122,7 @@ def load() -> Any:
     extension = mock.MagicMock(name="transformer_engine_torch")
     extension.__spec__ = None
     products = (generic_gemm, layernorm_fwd, layernorm_bwd, rmsnorm_fwd, rmsnorm_bwd)
-    for one in (DType, NVTE_Fused_Attn_Backend, *products, convert_thd_to_bshd, convert_bshd_to_thd):
+    for one in (DType, NVTE_Fused_Attn_Backend, *products, convert_thd_to_bshd, convert_bshd_to_thd, multi_tensor_adam):
         setattr(extension, one.__name__, one)
     sys.modules["transformer_engine_torch"] = extension
     import transformer_engine.common
@@ -169,7 +179,8 @@ def check_offers() -> int:
     from tests.kernels.needs import needs
 
     compared = 0
-    for op, dtype in (("linear", torch.float32), ("norm_linear", torch.float32), ("attention", torch.bfloat16)):
+    precise = [(op, torch.float32) for op in ("norm", "linear", "norm_linear", "adamw")]
+    for op, dtype in (*precise, ("attention", torch.bfloat16)):
         for need in needs(op, dtype):
             offers = [o for o in registry.offers(op) if o.backend == te_products.BACKEND and not o.refuse(need)]
             for offer in offers:
