@@ -278,6 +278,42 @@ def check_models() -> int:
     return len(runs) - 1
 
 
+def _rank(rank: int, store: str) -> None:
+    """One of two gloo ranks: every case of test_te_ranks, over the library."""
+    import torch.distributed as dist
+
+    from megnorm.plan import make_plan
+    from megnorm.train.build import mesh_of
+    from tests.kernels import test_te_ranks as cases
+    from tests.kernels.serving import asked_of_cuda
+    from tools import parity
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    load()
+    for case in cases.CASES:
+        config = cases.config_of({**case, "precision": "fp32"})
+        plan = make_plan(config, 2)
+        with device(), asked_of_cuda(["norm_linear"]):
+            parallel = parity.trace(plan, mesh_of(plan, torch.device("cpu")), cases.STEPS)
+        if rank == 0:
+            found = parity.compare(cases.serial(config), parallel)
+            assert found.initial_equal and found.worst <= parity.TOLERANCE["fp32"], (case, found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_ranks() -> int:
+    """Norm and product over tp ranks: the library gathers, and sums gradients, over our groups."""
+    import tempfile
+
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (f"{folder}/store",), nprocs=2)
+    return 3
+
+
 if __name__ == "__main__":
     te = load()
     with device():
@@ -285,5 +321,6 @@ if __name__ == "__main__":
         from megnorm.kernels.te_products import FP8
 
         assert backends.REFERENCE and FP8.missing() is None, FP8.missing()
-        found = (check_offers(), check_construction(te), check_regions(), check_models())
-        print("{} comparisons, {} modules, {} facts of regions, {} models: passed".format(*found))
+        found = [check_offers(), check_construction(te), check_regions(), check_models()]
+    found.append(check_ranks())
+    print("{} comparisons, {} modules, {} facts of regions, {} models, {} runs of two ranks: passed".format(*found))

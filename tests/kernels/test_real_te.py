@@ -16,4 +16,4 @@ def test_its_python_does_what_our_calls_mean() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.real_te"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search(r"^\d+ comparisons, 5 modules, 7 facts of regions, 3 models: passed$", done.stdout, re.M)
+    assert re.search(r"^\d+ comparisons, .* 3 runs of two ranks: passed$", done.stdout, re.M), done.stdout

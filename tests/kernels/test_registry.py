@@ -22,6 +22,7 @@ from megnorm.norms.config import NormConfig
 from megnorm.parallel.mesh import Mesh
 from megnorm.plan import PlanError, make_plan
 from tests.kernels.needs import needs
+from tests.kernels.serving import asked_of_cuda
 
 assert backends.REFERENCE and loss.make_cross_entropy
 NORM = Need("norm", "cpu", torch.float32, norms=(NormForm("rmsnorm", 8),))
@@ -140,6 +141,29 @@ def test_a_run_may_let_the_compiler_serve(monkeypatch: pytest.MonkeyPatch) -> No
         env = Env(kernels=kernels)
         need = replace(env._need("norm_add", {"norms": (NormForm("dyt", 8, bias=True),)}), device="cuda")
         assert registry.choose(need, {}).backend == backend
+
+
+def test_a_model_of_compiled_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the model without them, and the same bit for bit when they are recomputed."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("megnorm.kernels.libraries.missing", lambda name: None)
+    cfg = ModelConfig(
+        layers=2, width=24, heads=4, ffn=36, vocab_size=29, max_positions=16,
+        norm=NormConfig(scheme="sandwich", kind="dyt"),
+    )  # fmt: skip
+    tokens = torch.randint(0, 29, (12, 2), generator=torch.Generator().manual_seed(1))
+    batch, runs = Tokens(tokens[:-1], tokens[1:], torch.ones(11, 2)), []
+    for compiled, modes in ((False, ()), (True, ()), (True, ("norms", "activations")), (True, ("block",))):
+        kernels = KernelConfig(compile=compiled, check=False)
+        with asked_of_cuda(["norm_add", "norm", "activation"] if compiled else []):
+            model = build_model(cfg, Env(kernels=kernels, recompute=Recompute(modes)), vocab_multiple=1)
+        runs.append(_results(model, batch))
+    plain, first, *others = runs
+    for i, value in enumerate(first):
+        torch.testing.assert_close(value, plain[i], rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(value, other[i]) for other in others)
+    served = {(choice.need.op, choice.backend) for choice in registry.report() if choice.need.device == "cuda"}
+    assert {("norm_add", "compiled"), ("activation", "compiled")} <= served
 
 
 def test_every_offer_has_a_reference_and_an_example() -> None:

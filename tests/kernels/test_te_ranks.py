@@ -52,15 +52,22 @@ def compare(rank: int, world: int, config: RunConfig, mutation: str | None) -> p
         served = {given["return_layernorm_output"] for name, given in faking.CALLS if name.endswith(".LayerNormLinear")}
     assert served, "the library was not called"
     assert (True in served) == (config.model.norm.scheme == "hybridnorm")
-    if rank:
-        return None
+    return None if rank else parity.compare(serial(config), parallel)
+
+
+def serial(config: RunConfig) -> parity.Trace:
+    """The same run of one rank, without the library."""
     plain = replace(parity.serial_of(config), kernels=KernelConfig())
-    return parity.compare(parity.trace(make_plan(plain, 1), Mesh(), STEPS), parallel)
+    return parity.trace(make_plan(plain, 1), Mesh(), STEPS)
+
+
+def config_of(case: dict[str, Any]) -> RunConfig:
+    kernels = KernelConfig(prefer={"norm_linear": "transformer_engine"}, check=False)
+    return replace(cases.config(tp=2, **case), kernels=kernels)
 
 
 def measure(ranks: Any, case: dict[str, Any], mutation: str | None = None) -> parity.Difference:
-    kernels = KernelConfig(prefer={"norm_linear": "transformer_engine"}, check=False)
-    return ranks(2).run(compare, replace(cases.config(tp=2, **case), kernels=kernels), mutation)[0]
+    return ranks(2).run(compare, config_of(case), mutation)[0]
 
 
 HYBRID = {"scheme": "hybridnorm", "sequence_parallel": True}
