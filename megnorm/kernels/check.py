@@ -227,7 +227,8 @@ def _permute(need: Need, draw: _Draw) -> Example:
     leaves = {"x": draw(tokens, 24), "weights": draw(tokens, 4)}
 
     def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
-        (there, back), x, mask = fn, at["x"], routes.to(at["x"].device)
+        pair: Any = fn
+        (there, back), x, mask = pair, at["x"], routes.to(at["x"].device)
         rows, where = there(x, mask, 2 * tokens)
         nothing, nowhere = there(x, torch.zeros_like(mask), 0)
         return rows, back(rows, where, at["weights"]), back(rows, where, None), back(nothing, nowhere, None)
