@@ -106,7 +106,6 @@ def make_norm_linear(need: Need) -> Callable[..., Any]:
 
     Over several ranks of ``axis`` the layer's own steps are the reference: they communicate, and this does not.
     """
-    assert need.ranks == 1
     norm = _norm(need, need.norm)
 
     def norm_linear(x: Tensor, p: Params, args: NormArgs, weight: Tensor, bias: Tensor | None, axis: Any) -> Any:
