@@ -89,7 +89,8 @@ def test_histories_move_on() -> None:
         assert (used != 1).all() if name.endswith("scale") else (used[-3:] > 0).all(), name
 
 
-MODES = (("block",), ("projections",), ("attention", "activations", "projections"))
+SELECTIVE = (("projections",), ("attention", "activations", "projections"))
+MODES = (("block",), *(pytest.param(modes, marks=pytest.mark.full) for modes in SELECTIVE))
 
 
 @pytest.mark.parametrize("modes", MODES, ids="+".join)
@@ -134,6 +135,7 @@ def test_state_continues() -> None:
     assert differences(wanted, run(without))
 
 
+@pytest.mark.full
 def test_a_product_without_a_region_updates_nothing() -> None:
     """The check before a run; and it may run twice."""
     net = build_model(CONFIG.model, Env(dtype=torch.bfloat16, kernels=FP8, tokens=16), seed=1)
@@ -152,6 +154,7 @@ def train(folder: Path, data: str, *, kernels: KernelConfig = FP8, **options: An
     _fit(built, World(0, 1))
 
 
+@pytest.mark.full
 def test_resume_is_bit_for_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = tiny.write_data(tmp_path / "text")
     train(tmp_path / "whole", data)

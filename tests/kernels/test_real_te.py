@@ -8,6 +8,7 @@ import sys
 import pytest
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="bash scripts/real_te.sh brings Transformer Engine"
 )

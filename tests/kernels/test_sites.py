@@ -9,6 +9,7 @@ from megnorm.norms import registry as schemes
 from tools import kernel_sites as sites
 
 
+@pytest.mark.full
 def test_the_page_is_what_the_registry_says() -> None:
     text = sites.page()
     assert sites.PAGE.read_text(encoding="utf-8") == text, "run python tools/kernel_sites.py"

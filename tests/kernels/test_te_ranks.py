@@ -78,7 +78,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["scheme"])
+@pytest.mark.parametrize(
+    "case",
+    [HYBRID, *(pytest.param(case, marks=pytest.mark.full) for case in CASES[1:])],
+    ids=lambda case: case["scheme"],
+)
 def test_it_is_the_run_without_it(ranks: Any, case: dict[str, Any]) -> None:
     found = measure(ranks, case)
     assert found.initial_equal and found.worst <= parity.TOLERANCE["fp64"], found
@@ -86,13 +90,14 @@ def test_it_is_the_run_without_it(ranks: Any, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("mutation", "case"),
-    [("stream gains not summed", HYBRID), ("no group", CASES[1])],
+    [("stream gains not summed", HYBRID), pytest.param("no group", CASES[1], marks=pytest.mark.full)],
     ids=lambda x: x if isinstance(x, str) else x["scheme"],
 )
 def test_parity_sees_a_broken_build(ranks: Any, mutation: str, case: dict[str, Any]) -> None:
     assert measure(ranks, case, mutation).worst > RED
 
 
+@pytest.mark.full
 def test_tokens_that_are_not_gathered_do_not_fit(ranks: Any) -> None:
     with pytest.raises(AssertionError, match="RuntimeError"):
         measure(ranks, HYBRID, "tokens not gathered")
