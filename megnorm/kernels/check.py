@@ -214,9 +214,14 @@ def _norm_linear(need: Need, draw: _Draw) -> Example:
 def _grouped(need: Need, draw: _Draw) -> Example:
     """Three experts, one of which sees no token."""
     inside, outside = need.features
-    counts = (9, 0, 6)
-    leaves = {"x": draw(sum(counts), inside), "w": draw(len(counts), outside, inside)}
-    return Example(leaves, lambda fn, at: (fn(at["x"], at["w"], counts), fn(at["x"][:0], at["w"], (0, 0, 0))))
+    counts = torch.tensor([9, 0, 6])
+    leaves = {"x": draw(15, inside), "w": draw(3, outside, inside)}
+
+    def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
+        there = counts.to(at["x"].device)
+        return fn(at["x"], at["w"], there), fn(at["x"][:0], at["w"], torch.zeros_like(there))
+
+    return Example(leaves, call)
 
 
 def _permute(need: Need, draw: _Draw) -> Example:

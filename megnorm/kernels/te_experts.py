@@ -1,6 +1,6 @@
 """Transformer Engine for mixtures of experts: products by expert, in FP8 too, and tokens brought to their experts and back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ EXPERTS = library(
 def refuse_grouped(need: Need) -> Refusal:
     if need.quantize == "delayed":
         return "keeps one history for all experts, of which some see no token; use another recipe of kernels.fp8"
+    if need.features == (0, 0):
+        return "is not told the sizes of its products"
     return refuse_product(need) or EXPERTS.missing()
 
 
@@ -39,7 +41,7 @@ def refuse_unless_quantized(need: Need) -> Refusal:
 
 @offer("grouped_gemm", BACKEND, 40, refuse_unless_quantized)
 @offer("grouped_gemm", BACKEND, -2, refuse_grouped)
-def make_grouped(need: Need) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor]:
+def make_grouped_gemm(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """kernels/torch_experts.py says what it means. Rows of an expert are padded to what the recipe asks for."""
     autocast, built = autocast_of(need), dict[int, Any]()
 
@@ -56,8 +58,8 @@ def make_grouped(need: Need) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor
             )
         return built[experts]
 
-    def grouped(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-        splits = [int(count) for count in counts]
+    def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        splits = counts.tolist()
         if sum(splits) == 0:  # no kernel starts for nothing, and the weights still get their gradient: none
             return x @ weight[0].t()
         product, pad, unpad = modules(weight)
@@ -71,7 +73,7 @@ def make_grouped(need: Need) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor
             y = unpad(product(padded, sizes), splits)
         return y
 
-    return grouped
+    return grouped_gemm
 
 
 def refuse_permutation(need: Need) -> Refusal:

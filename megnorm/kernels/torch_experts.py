@@ -1,6 +1,6 @@
 """Operations of mixtures of experts in plain PyTorch: products by expert, and tokens brought to their experts and back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +21,39 @@ def _refuse_quantized(need: Need) -> Refusal:
     return "multiplies in the dtype of activations" if need.quantize else None
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """Rows of x in groups, one behind the other, each times its own matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for rows, matrix, result in zip(x.split(sizes), weight, out.split(sizes), strict=True):
+            torch.mm(rows, matrix.t(), out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads, dx, dweight = grad.contiguous().split(ctx.sizes), torch.empty_like(x), torch.empty_like(weight)
+        for g, rows, matrix, d_rows, d_matrix in zip(
+            grads, x.split(ctx.sizes), weight, dx.split(ctx.sizes), dweight, strict=True
+        ):
+            torch.mm(g, matrix, out=d_rows)
+            torch.mm(g.t(), rows, out=d_matrix)  # zeros for a group without rows
+        return dx, dweight, None
+
+
 @offer("grouped_gemm", "torch", 0, _refuse_quantized)
-def make_grouped(need: Need) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor]:
-    """fn(x [tokens, in], weight [experts, out, in], counts) -> [tokens, out]; counts: rows of each expert, in order."""
+def make_grouped_gemm(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """fn(x [n, k], weight [e, rows, k], counts [e] int64, their sum n) -> [n, rows]: counts[i] rows of x by matrix i."""
 
-    def grouped(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-        parts = x.split(list(counts))
-        return torch.cat([F.linear(part, own) for part, own in zip(parts, weight, strict=True)])
+    def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        y: Tensor = _GroupedLinear.apply(x, weight, counts.tolist())
+        return y
 
-    return grouped
+    return grouped_gemm
 
 
 def refuse_one_call(need: Need) -> Refusal:
@@ -39,6 +63,8 @@ def refuse_one_call(need: Need) -> Refusal:
         return "torch 2.10 or newer has it"
     if need.dtype == torch.float64:
         return "multiplies in fp32 and below"
+    if need.features == (0, 0):
+        return "is not told the sizes of its products"
     if any(size * need.dtype.itemsize % 16 for size in need.features):
         return f"takes rows of multiples of 16 bytes, and a product here is {need.features[0]} by {need.features[1]}"
     return no_device((8, 0)) if need.device == "cuda" else None
@@ -52,17 +78,15 @@ def refuse_elsewhere(need: Need) -> Refusal:
 
 @offer("grouped_gemm", "torch_grouped", 10, refuse_elsewhere)
 @offer("grouped_gemm", "torch_grouped", -1, refuse_one_call)
-def make_one_call(need: Need) -> Callable[[Tensor, Tensor, Sequence[int]], Tensor]:
-    """One call for all experts."""
+def make_one_call(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """One call for all experts, whose counts the host need not know."""
 
-    def grouped(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-        ends = (
-            torch.tensor(list(counts), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(x.device, non_blocking=True)
-        )
-        y = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
-        return _ContiguousGradient.apply(y)
+    def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        y = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+        out: Tensor = _ContiguousGradient.apply(y)
+        return out
 
-    return grouped
+    return grouped_gemm
 
 
 class _ContiguousGradient(torch.autograd.Function):
