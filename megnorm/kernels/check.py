@@ -171,7 +171,11 @@ def _attention(need: Need, draw: _Draw) -> Example:
         if need.mask:  # nobody looks at the second token but itself
             mask = torch.ones(s, s, dtype=torch.bool, device=x.device).tril().expand(b, 1, s, s).clone()
             mask[..., 2:, 1] = False
-        return (fn(*x.split(sizes, dim=2), mask=mask, documents=documents, dropout=0.0),)
+        q, k, v = x.split(sizes, dim=2)
+        if not need.causal and not need.packed:  # to fewer, as of another sequence
+            k, v = k[1:], v[1:]
+            mask = None if mask is None else mask[:, :, -1:, 1:]
+        return (fn(q, k, v, mask=mask, documents=documents, dropout=0.0, causal=need.causal),)
 
     return Example(leaves, call)
 

@@ -67,6 +67,8 @@ def _refuse(need: Need, which: Library, *, dropout: bool) -> Refusal:
         return "takes bf16 and fp16 alone"
     if need.mask:
         return "takes no mask beside causality (model.padding_id asks for one)"
+    if need.biased:
+        return "adds no bias to scores"
     if need.head_dim > 256:
         return f"takes heads up to 256, not {need.head_dim}"
     if need.dropout and not dropout:
@@ -101,15 +103,16 @@ def refuse_4(need: Need) -> Refusal:
 
 def _attention(
     library: Library, fixed: Mapping[str, Any], droppable: bool, q: Tensor, k: Tensor, v: Tensor,
-    *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float,
+    *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float, causal: bool = True, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """kernels/torch_ref.py says what it means."""
-    assert mask is None, "refused when the layer was built"
+    assert mask is None and bias is None, "refused when the layer was built"
+    assert not causal or len(q) == len(k), "causality would be aligned otherwise"
     module, options = library.module(), dict(fixed)
     if droppable:
         options["dropout_p"] = dropout
     if documents is None:
-        out = module.flash_attn_func(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), causal=True, **options)
+        out = module.flash_attn_func(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), causal=causal, **options)
         return _output(out).transpose(0, 1)
     ends, longest = boundaries(documents, q.device)
     out = module.flash_attn_varlen_func(
@@ -120,7 +123,7 @@ def _attention(
         cu_seqlens_k=ends,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
-        causal=True,
+        causal=causal,
         **options,
     )
     return _output(out).unsqueeze(1)

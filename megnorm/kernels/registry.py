@@ -48,8 +48,10 @@ class Need:
     """What a layer asks for: the operation, where it runs, and what it must be able to do.
 
     kind: an activation's name. gated: it multiplies a second input. norms: of the operation, in order (None: absent).
-    heads, kv_heads: on this rank. mask: a mask beside causality (padding). packed: documents that do not see each other.
-    features: of a product, in and out, on this rank; biased: it adds a bias; tokens: its rows in a micro-batch (0: not known);
+    heads, kv_heads: on this rank. mask: a mask beside causality (padding).
+    causal: nobody looks to its right. packed: documents that do not see each other.
+    features: of a product, in and out, on this rank; biased: it adds a bias (attention: to scores);
+    tokens: its rows in a micro-batch (0: not known);
     quantize: the recipe (kernels.fp8), "" for none. ranks: over which its outputs are spread, where the operation
     communicates itself; split_tokens: its input's tokens are spread over them too. keep: the norm's output is wanted.
 
@@ -68,6 +70,7 @@ class Need:
     kv_heads: int = 0
     head_dim: int = 0
     mask: bool = False
+    causal: bool = True
     packed: bool = False
     features: tuple[int, int] = (0, 0)
     biased: bool = False

@@ -95,6 +95,8 @@ def refuse_masked(need: Need) -> Refusal:
 def _refuse_attention(need: Need) -> Refusal:
     if not low_precision(need):
         return "is meant for bf16 and fp16"
+    if need.biased:
+        return "adds no bias to scores"
     if need.mask and need.packed:
         return "takes packed documents or a mask, not both"
     if need.packed and need.capture:
@@ -119,14 +121,23 @@ def make_attention(need: Need) -> Callable[..., Tensor]:
                 num_gqa_groups=need.kv_heads,
                 attention_dropout=dropout,
                 qkv_format="sbhd",
-                attn_mask_type="causal",
+                attn_mask_type="causal" if need.causal else "no_mask",
                 tp_size=1,
             )
         return built[dropout]
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        documents: tuple[int, ...] | None,
+        dropout: float,
+        causal: bool = True,
+        bias: Tensor | None = None,
     ) -> Tensor:
+        assert causal == need.causal and bias is None, "what the layer asked for when it was built"
         out: Tensor
         if documents is not None:
             ends, longest = boundaries(documents, q.device)
@@ -135,7 +146,7 @@ def make_attention(need: Need) -> Callable[..., Tensor]:
                 k.squeeze(1),
                 v.squeeze(1),
                 qkv_format="thd",
-                attn_mask_type="padding_causal",
+                attn_mask_type="padding_causal" if causal else "padding",
                 cu_seqlens_q=ends,
                 cu_seqlens_kv=ends,
                 max_seqlen_q=longest,

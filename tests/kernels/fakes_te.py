@@ -79,12 +79,12 @@ class DotProductAttention(nn.Module):
             return packed_attention(q, k, v, *at, given, "causal" in kind).flatten(-2)
         assert layout == "sbhd" and q.dim() == 4
         if kind == "arbitrary":
-            mask = given["attention_mask"]
-            assert mask.dtype == torch.bool and mask.shape == (q.shape[1], 1, q.shape[0], k.shape[0])
+            mask, whole = given["attention_mask"], (q.shape[1], 1, q.shape[0], k.shape[0])
+            assert mask.dtype == torch.bool and mask.shape in (whole, (*whole[:2], 1, whole[3]))
             allowed = ~mask
         else:
-            assert kind == "causal" and given.get("attention_mask") is None
-            allowed = triangle(q.shape[0], k.shape[0], bottom_right=False)
+            assert kind in ("causal", "no_mask") and given.get("attention_mask") is None
+            allowed = triangle(q.shape[0], k.shape[0], bottom_right=False) | (kind == "no_mask")
         out = softmax_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), allowed)
         return out.permute(2, 0, 1, 3).flatten(-2)
 

@@ -49,7 +49,8 @@ def needs(op: str, dtype: torch.dtype, device: str = "cuda") -> list[Need]:
         return [replace(base, kind=kind, gated=gated) for kind in kinds for gated in (False, True)]
     if op == "attention":
         even = replace(heads, head_dim=16)
-        return [even, replace(even, packed=True), replace(even, mask=True), replace(even, kv_heads=6)]
+        made = [even, replace(even, packed=True), replace(even, mask=True), replace(even, kv_heads=6)]
+        return [*made, *(replace(need, causal=False) for need in made[:3])]
     if op == "linear":
         plain = replace(base, features=(48, 32), tokens=64)
         recipes = ("current", "block", "delayed")
