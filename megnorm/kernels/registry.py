@@ -48,12 +48,11 @@ class Need:
     """What a layer asks for: the operation, where it runs, and what it must be able to do.
 
     kind: an activation's name. gated: it multiplies a second input. norms: of the operation, in order (None: absent).
-    heads, kv_heads: on this rank. mask: a mask beside causality (padding).
-    causal: nobody looks to its right. packed: documents that do not see each other.
-    features: of a product, in and out, on this rank; biased: it adds a bias (attention: to scores);
-    tokens: its rows in a micro-batch (0: not known);
-    quantize: the recipe (kernels.fp8), "" for none. ranks: over which its outputs are spread, where the operation
-    communicates itself; split_tokens: its input's tokens are spread over them too. keep: the norm's output is wanted.
+    heads, kv_heads: on this rank. mask: a mask beside causality (padding). causal: nobody looks to its right.
+    packed: documents that do not see each other. features: of a product, in and out, on this rank; biased: it adds a bias
+    (attention: to scores); tokens: its rows in a micro-batch (0: not known); quantize: the recipe (kernels.fp8), "" for none.
+    ranks: over which its outputs are spread, where the operation communicates itself; split_tokens: its input's tokens are
+    spread over them too. keep: the norm's output is wanted.
 
     dropout: of attention weights. deterministic: the same bits every run. capture: it will run in a CUDA graph.
     compiled: the run lets PyTorch's compiler serve.
