@@ -85,6 +85,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     _check_optim(config)
     _check_recompute(config)
     _check_guard(config)
+    _check_kernels(config)
     schedule.check(config.optim, config.train.steps)
     if config.data.task not in TASKS[config.model.family]:
         raise PlanError(
@@ -121,6 +122,17 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
             *_recompute_warnings(config, sequence_parallel),
         ),
     )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """FP8 where it means something."""
+    k, t = config.kernels, config.train
+    if k.fp8 is None:
+        return
+    if t.precision not in ("bf16", "fp16"):
+        raise PlanError(f"kernels.fp8={k.fp8} quantizes bf16, but train.precision={t.precision}; use bf16")
+    if min(k.fp8_spare) < 0 or sum(k.fp8_spare) >= config.model.layers:
+        raise PlanError(f"kernels.fp8_spare={k.fp8_spare} leaves none of model.layers={config.model.layers} to FP8")
 
 
 def check_model(m: ModelConfig) -> None:

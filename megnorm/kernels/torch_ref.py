@@ -20,7 +20,8 @@ class NormArgs:
 
     n: features it normalizes over, on all ranks. reduce: sums a statistic over the ranks that share them, and is
     differentiable (its gradient is the same sum). share: what this rank's sum counts (1 / replicas of its features).
-    cast_first: an RMSNorm casts to the input's dtype before its gain, not after.
+    cast_first: an RMSNorm casts to the input's dtype before its gain, not after. scale: a constant factor on the norm's
+    output, which operations apply that hold more than the norm; after a plain norm its layer does.
     """
 
     eps: float
@@ -28,6 +29,7 @@ class NormArgs:
     cast_first: bool
     share: float
     reduce: Reduce
+    scale: float = 1.0
 
 
 def _serves_all(need: Need) -> None:
@@ -111,8 +113,9 @@ def _length(x: Tensor, args: NormArgs) -> Tensor:
 
 
 @offer("norm", "torch", 0, _serves_all)
+@offer("sharded_norm", "torch", 0, _serves_all)
 def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
-    """fn(x, params, args) -> like x, for a norm kind.
+    """fn(x, params, args) -> like x, for a norm kind; ``need.sharded`` where statistics cross ranks.
 
     x [..., n / ranks] (or [..., heads, hd]); params: weight, bias, alpha, shift, beta by name, those the kind has.
     """
@@ -134,12 +137,12 @@ def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
 
     def unit(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
-        factor = float(args.n) ** 0.5 if need.kind == "scalenorm" else 1.0
+        factor = float(args.n) ** 0.5 if need.norm.kind == "scalenorm" else 1.0
         return _affine((x32 * (factor / _length(x32, args))).to(x.dtype), p)
 
     def pointwise(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         inside = p["alpha"] * x
-        return _affine(torch.tanh(inside) if need.kind == "dyt" else torch.erf(inside + p["shift"]), p)
+        return _affine(torch.tanh(inside) if need.norm.kind == "dyt" else torch.erf(inside + p["shift"]), p)
 
     def seednorm(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
@@ -148,7 +151,7 @@ def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
         return ((p["alpha"] * gate + p["weight"]) * (x32 * rms)).to(x.dtype)
 
     made = {"layernorm": layernorm, "rmsnorm": rmsnorm, "l2": unit, "scalenorm": unit, "dyt": pointwise}
-    return {**made, "derf": pointwise, "seednorm": seednorm}[need.kind]
+    return {**made, "derf": pointwise, "seednorm": seednorm}[need.norm.kind]
 
 
 def _affine(y: Tensor, p: Params) -> Tensor:
@@ -158,45 +161,80 @@ def _affine(y: Tensor, p: Params) -> Tensor:
 
 @offer("attention", "torch", 0, _serves_all)
 def make_attention(need: Need) -> Callable[..., Tensor]:
-    """fn(q [s, b, h, hd], k, v [s, b, kv, hd], *, mask, documents, dropout) -> [s, b, h, hd], causal.
+    """fn(q [s, b, h, hd], k, v [s', b, kv, hd], *, mask, documents, dropout, causal, bias) -> [s, b, h, hd].
 
-    mask [b, 1, s, s]: True may look (causality included); None: causal. documents: lengths of packed documents, b = 1.
+    mask [b, 1, s|1, s']: True may look (causality included); None: causal, or everywhere. documents: lengths of packed
+    documents, b = 1. bias [1, h, s, s']: added to the scores, which must then have a mask or be no causal ones.
     """
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        documents: tuple[int, ...] | None,
+        dropout: float,
+        causal: bool = True,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if documents is not None:
             parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
-            return torch.cat([_softmax_attention(*part, None, dropout) for part in parts])
-        return _softmax_attention(q, k, v, mask, dropout)
+            return torch.cat([_softmax_attention(*part, None, dropout, causal) for part in parts])
+        if bias is not None:
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        return _softmax_attention(q, k, v, mask, dropout, causal)
 
     return attention
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
     out = F.scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
         k.permute(1, 2, 0, 3),
         v.permute(1, 2, 0, 3),
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.permute(2, 0, 1, 3)
 
 
+def _refuse_quantized(need: Need) -> str | None:
+    return "multiplies in the dtype of activations" if need.quantize else None
+
+
+@offer("linear", "torch", 0, _refuse_quantized)
+def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """fn(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
+    return F.linear
+
+
+@offer("adamw", "torch", 0, _serves_all)
+def make_adamw(need: Need) -> Callable[..., torch.optim.Optimizer]:
+    """fn(groups, *, lr, betas, eps) -> an optimizer with decoupled decay; state of a parameter: exp_avg, exp_avg_sq.
+
+    How many updates the moments have seen is "step": a tensor in each parameter's state here, an int in each group elsewhere.
+    """
+
+    def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    return adamw
+
+
 @offer("activation", "torch", 0, _serves_all)
-def make_activation(need: Need) -> Callable[[Tensor], Tensor]:
-    """fn(x) -> like x, by name."""
-    return {
+def make_activation(need: Need) -> Callable[..., Tensor]:
+    """fn(x) -> act(x) by name; gated: fn(gate, up) -> act(gate) * up."""
+    act: Callable[[Tensor], Tensor] = {
         "gelu": F.gelu,
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
         "relu_squared": lambda x: F.relu(x).square(),
         "silu": F.silu,
     }[need.kind]
+    return (lambda gate, up: act(gate) * up) if need.gated else act
 
 
 @offer("rope", "torch", 0, _serves_all)

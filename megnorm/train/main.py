@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
 import traceback
@@ -93,6 +94,9 @@ def _run(args: argparse.Namespace, config: configs.RunConfig, where: launch.Worl
     launch.set_threads(where, config.train.threads)
     torch.manual_seed(config.train.seed)
     device = launch.device_of(where)
+    if config.kernels.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        torch.use_deterministic_algorithms(True)
     profile.prepare(config.train, device)
     launch.init(where, device, config.parallel.timeout)
     folder = Path(config.train.out) / "checkpoints"
@@ -190,6 +194,8 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
     )
     served = sorted({f"{choice.need.op}: {choice.backend}" for choice in registry.report()})
     log.info("kernels: %s", ", ".join(served))
+    if run.mesh.device.type == "cuda":
+        log.info("%s", "\n".join(f"  {line}" for line in registry.summary()))
     for warning in plan.warnings:
         log.warning("warning: %s", warning)
     if found is not None:
