@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megnorm.kernels.registry import Need, offer
+from megnorm.kernels.registry import FEATURES, Need, Scores, offer
 
 Reduce = Callable[[Tensor], Tensor]
 Params = Mapping[str, Tensor]
@@ -156,35 +157,79 @@ def _affine(y: Tensor, p: Params) -> Tensor:
     return (out + p["bias"] if "bias" in p else out).to(y.dtype)
 
 
-@offer("attention", "torch", 0, _serves_all)
+@offer("attention", "torch", 0, _serves_all, FEATURES)
 def make_attention(need: Need) -> Callable[..., Tensor]:
     """fn(q [s, b, h, hd], k, v [s, b, kv, hd], *, mask, documents, dropout) -> [s, b, h, hd], causal.
 
     mask [b, 1, s, s]: True may look (causality included); None: causal. documents: lengths of packed documents, b = 1.
     """
+    slopes = torch.tensor(need.scores.alibi, dtype=torch.float64, device=need.device) if need.scores.alibi else None
+    softmax = partial(_softmax_attention, need.scores, slopes)
 
     def attention(
         q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float
     ) -> Tensor:
         if documents is not None:
             parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
-            return torch.cat([_softmax_attention(*part, None, dropout) for part in parts])
-        return _softmax_attention(q, k, v, mask, dropout)
+            return torch.cat([softmax(*part, None, dropout) for part in parts])
+        return softmax(q, k, v, mask, dropout)
 
     return attention
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _softmax_attention(
+    scores: Scores, slopes: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    s = q.shape[0]
+    if scores.window is not None and scores.window < s:
+        mask = _within(scores.window, s, mask, q.device)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    bias = mask if slopes is None else _distances(slopes, s, mask, wide(q))
+    if scores.softcap is not None:
+        return _capped_attention(scores, q, k, v, bias, dropout).permute(2, 0, 1, 3)
     out = F.scaled_dot_product_attention(
-        q.permute(1, 2, 0, 3),
-        k.permute(1, 2, 0, 3),
-        v.permute(1, 2, 0, 3),
-        attn_mask=mask,
+        q,
+        k,
+        v,
+        attn_mask=bias,
         dropout_p=dropout,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
+        is_causal=bias is None,
+        scale=scores.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.permute(2, 0, 1, 3)
+
+
+def _capped_attention(scores: Scores, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """q [b, h, s, hd], k, v [b, kv, s, hd] -> [b, h, s, hd]. bias: what is added to capped scores, or a mask; None: causal."""
+    assert scores.softcap is not None
+    scale, groups = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale, q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    z = scores.softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / scores.softcap))
+    if bias is None:
+        bias = _causal(z.shape[-1], z.device)
+    z = z.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else z + bias
+    return F.dropout(z.softmax(-1, dtype=wide(q)).to(q.dtype), dropout) @ v
+
+
+def _causal(s: int, device: torch.device) -> Tensor:
+    return torch.ones(s, s, dtype=torch.bool, device=device).tril()
+
+
+def _within(window: int, s: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """The mask (None: causal) without what lies further back than a window; a row that sees nothing sees itself."""
+    band = _causal(s, device).triu(1 - window)
+    if mask is None:
+        return band
+    near = mask & band
+    return near | (~near.any(-1, keepdim=True) & torch.eye(s, dtype=torch.bool, device=device))
+
+
+def _distances(slopes: Tensor, s: int, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """-slope * distance where the mask (None: causal) lets a token look, else -inf: [1|b, h, s, s]."""
+    place = torch.arange(s, dtype=slopes.dtype, device=slopes.device)
+    bias = (slopes[:, None, None] * (place - place[:, None])).to(dtype)[None]
+    return bias.masked_fill(~(_causal(s, slopes.device) if mask is None else mask), -torch.inf)
 
 
 @offer("activation", "torch", 0, _serves_all)
