@@ -18,6 +18,7 @@ from megnorm.train import dryrun
 
 OPTIONAL = {
     "transformers": "export, generation (megnorm[hf])",
+    "lm_eval": "tasks in megnorm eval (megnorm[eval])",
     "tensorboard": "TensorBoard (megnorm[tensorboard])",
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
