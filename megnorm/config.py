@@ -121,7 +121,8 @@ def _whole(path: Path, above: int = 0) -> dict[str, Any]:
     """A file's keys over those of its bases. above: files between it and the one that was asked for."""
     if above > MAX_BASES:
         raise ConfigError(f"{path}: base leads through more than {MAX_BASES} files; does it lead back?")
-    data, made = _read(path), {}
+    data = _read(path)
+    made: dict[str, Any] = {}
     bases = data.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and len(bases) <= MAX_BASES and all(isinstance(base, str) for base in bases)):

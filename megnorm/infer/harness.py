@@ -68,7 +68,7 @@ def model_of(generator: Generator, batch: int, seed: int = 1234) -> Any:
     """The generator as lm-eval's LM."""
     from lm_eval.api.model import LM
 
-    class Model(LM):  # type: ignore[misc]
+    class Model(LM):
         """Requests hold texts; what is asked of them lies in ``args``."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
