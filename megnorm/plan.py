@@ -31,7 +31,7 @@ LEAST: dict[str, dict[str, int]] = {
     | {"eval_every": 0, "eval_batches": 0, "check_replicas_every": 0, "recompute_blocks": 1},
 }
 TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
-POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
+POSITIVE = ("model.rope_theta", "model.logit_scale", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
 
 class PlanError(ValueError):
@@ -96,6 +96,11 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         raise PlanError(
             "model.padding_id counts positions of real tokens itself and cannot be joined with data.separate_documents or "
             "data.reset_positions, which count them by document; set model.padding_id=null for packed data"
+        )
+    if config.model.positions == "alibi" and config.data.reset_positions and not config.data.separate_documents:
+        raise PlanError(
+            "data.reset_positions does not reset the distances of model.positions=alibi; set data.separate_documents=true, or "
+            "drop it"
         )
     dp = _check_layout(config, world)
     parallel = config.parallel

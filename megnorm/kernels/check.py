@@ -164,7 +164,10 @@ def _attention(need: Need, draw: _Draw) -> Example:
     (s, b), hd = draw.rows, need.head_dim
     b, documents = (1, (s - s // 3, s // 3)) if need.packed else (b, None)
     sizes = [need.heads, need.kv_heads, need.kv_heads]
+    apart = not need.causal and not need.packed  # to fewer, as of another sequence
     leaves = {"qkv": draw(s, b, sum(sizes), hd)}
+    if need.biased:
+        leaves["bias"] = draw(1, need.heads, s, s - apart)
 
     def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
         x, mask = at["qkv"], None
@@ -172,10 +175,11 @@ def _attention(need: Need, draw: _Draw) -> Example:
             mask = torch.ones(s, s, dtype=torch.bool, device=x.device).tril().expand(b, 1, s, s).clone()
             mask[..., 2:, 1] = False
         q, k, v = x.split(sizes, dim=2)
-        if not need.causal and not need.packed:  # to fewer, as of another sequence
+        if apart:
             k, v = k[1:], v[1:]
             mask = None if mask is None else mask[:, :, -1:, 1:]
-        return (fn(q, k, v, mask=mask, documents=documents, dropout=0.0, causal=need.causal),)
+        given = {"mask": mask, "documents": documents, "causal": need.causal, "bias": at.get("bias")}
+        return (fn(q, k, v, dropout=0.0, **given),)
 
     return Example(leaves, call)
 

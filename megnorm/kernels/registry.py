@@ -1,6 +1,6 @@
 """Which implementation serves which operation: offers, refusals, one choice at build time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +44,32 @@ class NormForm:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What happens to attention scores beside causality and a mask; each is named in ``FEATURES``.
+
+    scale: factor on q k; None: 1 / sqrt(head_dim). softcap: c in c tanh(score / c), before what follows. window: how many
+    tokens a token sees, itself included. alibi: the slopes of this rank's heads; -slope * distance is added.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    alibi: tuple[float, ...] = ()
+
+    def asked(self) -> frozenset[str]:
+        """The features that a kernel must have."""
+        return frozenset(name for name in FEATURES if getattr(self, name) not in (None, ()))
+
+
+FEATURES = {
+    "scale": "factor of its own on scores (model.attention.scale)",
+    "softcap": "cap on scores (model.attention.softcap)",
+    "window": "sliding window (model.attention.window)",
+    "alibi": "linear biases (model.positions=alibi)",
+}
+
+
+@dataclass(frozen=True)
 class Need:
     """What a layer asks for: the operation, where it runs, and what it must be able to do.
 
@@ -54,8 +80,8 @@ class Need:
     ranks: over which its outputs are spread, where the operation communicates itself; split_tokens: its input's tokens are
     spread over them too. keep: the norm's output is wanted.
 
-    dropout: of attention weights. deterministic: the same bits every run. capture: it will run in a CUDA graph.
-    compiled: the run lets PyTorch's compiler serve.
+    dropout: of attention weights. scores: what happens to them beside causality and a mask. deterministic: the same bits every
+    run. capture: it will run in a CUDA graph. compiled: the run lets PyTorch's compiler serve.
     """
 
     op: str
@@ -79,6 +105,7 @@ class Need:
     split_tokens: bool = False
     keep: bool = False
     dropout: bool = False
+    scores: Scores = Scores()
     deterministic: bool = False
     capture: bool = False
     compiled: bool = False
@@ -96,13 +123,23 @@ Refusal = str | None
 
 @dataclass(frozen=True)
 class Offer:
-    """A backend's implementation of one operation. refuse: the reason it cannot serve a need, or None."""
+    """A backend's implementation of one operation. refuse: its own reason why it cannot serve a need, or None.
+
+    scores: the features of ``Scores`` that it has; ``reason`` refuses for it what asks for others, so that a kernel that knows
+    nothing of one never drops it.
+    """
 
     op: str
     backend: str
     priority: int
     refuse: Callable[[Need], Refusal]
     make: Callable[[Need], Callable[..., Any]]
+    scores: frozenset[str] = frozenset()
+
+    def reason(self, need: Need) -> Refusal:
+        """Why it cannot serve ``need``; None if it can."""
+        lacking = sorted(need.scores.asked() - self.scores)
+        return f"has no {FEATURES[lacking[0]]}" if lacking else self.refuse(need)
 
 
 @dataclass(frozen=True)
@@ -131,12 +168,14 @@ _offers: list[Offer] = []
 _choices: dict[Need, Choice] = {}
 
 
-def offer(op: str, backend: str, priority: int, refuse: Callable[[Need], Refusal]) -> Callable[..., Any]:
+def offer(
+    op: str, backend: str, priority: int, refuse: Callable[[Need], Refusal], scores: Iterable[str] = ()
+) -> Callable[..., Any]:
     """Decorator on ``make(need) -> callable``: register it as a backend's offer for ``op``."""
     assert op in OPS, op
 
     def add(make: Callable[[Need], Callable[..., Any]]) -> Callable[[Need], Callable[..., Any]]:
-        _offers.append(Offer(op, backend, priority, refuse, make))
+        _offers.append(Offer(op, backend, priority, refuse, make, frozenset(scores)))
         return make
 
     return add
@@ -162,7 +201,7 @@ def choose(
     for candidate in offers(need.op):
         if wanted is not None and candidate.backend != wanted:
             continue
-        reason = candidate.refuse(need) or check(candidate, need)
+        reason = candidate.reason(need) or check(candidate, need)
         if reason is None:
             _choices[need] = Choice(need, candidate.backend, tuple(refusals))
             return candidate

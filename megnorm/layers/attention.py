@@ -6,10 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megnorm.kernels.registry import Scores
 from megnorm.layers import fused
 from megnorm.layers.env import Context, Env
 from megnorm.layers.linear import ColumnParallelLinear, Out, RowParallelLinear, Share
 from megnorm.layers.norm import NormLayer, norm_or_identity
+from megnorm.layers.rope import alibi_slopes
 from megnorm.layers.sublayer import SubLayer
 from megnorm.models.config import ModelConfig
 from megnorm.norms import scheme
@@ -20,20 +22,23 @@ class SelfAttention(SubLayer):
     """Multi-head attention with grouped key/value heads: [s, b, d] -> [s, b, d].
 
     q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
+    window: how many tokens a token sees, itself included; None: all before it.
     """
 
-    def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str) -> None:
+    def __init__(
+        self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str, window: int | None = None
+    ) -> None:
         super().__init__(spec, cfg.width, cfg.dropout, env, name)
         h, kv, hd = cfg.heads, cfg.kv, cfg.hd
         self.hd = hd
         self.qkv = ColumnParallelLinear(
-            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.bias
+            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.biased_qkv
         )
         self.q_norm = norm_or_identity(spec.q, "q", h, hd, env)
         self.k_norm = norm_or_identity(spec.k, "k", kv, hd, env)
         self.v_norm = norm_or_identity(spec.v, "v", kv, hd, env)
         self.context_norm = norm_or_identity(spec.context, "context", h, hd, env)
-        self.o = RowParallelLinear(h * hd, cfg.width, "o", env, bias=cfg.bias)
+        self.o = RowParallelLinear(h * hd, cfg.width, "o", env, bias=cfg.biased_o)
         self.scale_place = spec.head_scale
         if spec.head_scale is not None:
             self.head_scale = parameter(*_head_scale(spec.head_scale, h, env))
@@ -42,11 +47,13 @@ class SelfAttention(SubLayer):
             self.scale_heads = env.kernel("head_scale", heads=slices, head_dim=features)
         self.attention_dropout, self.rng, self.core_name = cfg.attention_dropout, env.rng, f"{name}.core"
         local = {"heads": Share.of(h, env.mesh).count, "kv_heads": Share.of(kv, env.mesh).count, "head_dim": hd}
+        self.windowed = window is not None
         self.attend = env.kernel(
             "attention",
             mask=cfg.padding_id is not None,
             packed=env.packed,
             dropout=cfg.attention_dropout > 0,
+            scores=score_features(cfg, env, window),
             **local,
         )
         self.rope = env.kernel("rope", head_dim=hd)
@@ -63,7 +70,7 @@ class SelfAttention(SubLayer):
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """All between the two GEMMs: q [s, b, h hd / tp], k, v [s, b, kv hd / tp] -> [s, b, h hd / tp]."""
-        q, k, v = self._normalize_and_rotate(q, k, v, context.rope)
+        q, k, v = self._normalize_and_rotate(q, k, v, context.window_rope if self.windowed else context.rope)
         # W_o's GEMM would make a contiguous copy of its own, which it would save beside this tensor.
         y = self.context_norm(self._attend(q, k, v, context).flatten(2).contiguous())
         return self.recompute("norms", self._scale_slices, y) if self.scale_place == "pre_projection" else y
@@ -90,6 +97,13 @@ class SelfAttention(SubLayer):
         p = self.attention_dropout if self.training else 0.0
         with self.rng.as_default(self.core_name, local=True) if p > 0.0 else nullcontext():
             return self.attend(q, k, v, mask=context.mask, documents=context.documents, dropout=p)
+
+
+def score_features(cfg: ModelConfig, env: Env, window: int | None) -> Scores:
+    """What attention asks of its kernel, for the query heads of this rank."""
+    share = Share.of(cfg.heads, env.mesh)
+    slopes = alibi_slopes(cfg.heads)[share.first : share.first + share.count] if cfg.positions == "alibi" else ()
+    return Scores(cfg.attention.scale, cfg.attention.softcap, window, slopes)
 
 
 def _head_scale(place: str, heads: int, env: Env) -> tuple[Tensor, Layout]:

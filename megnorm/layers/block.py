@@ -22,7 +22,8 @@ class Block(nn.Module):
     def __init__(self, layer: scheme.Layer, cfg: ModelConfig, env: Env, index: int) -> None:
         super().__init__()
         self.parallel = cfg.parallel_block
-        self.attention = SelfAttention(layer.attention, cfg, env, f"blocks.{index}.attention")
+        window = cfg.attention.window_of(index)
+        self.attention = SelfAttention(layer.attention, cfg, env, f"blocks.{index}.attention", window)
         self.ffn = FeedForward(layer.ffn, cfg, env, f"blocks.{index}.ffn")
         for name in ("skip", "branch"):
             mine, other = getattr(layer.ffn.residual, name), getattr(layer.attention.residual, name)

@@ -77,9 +77,10 @@ class Context:
     """What one forward pass of the blocks shares.
 
     rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] bool, True may look; None: causal alone.
-    documents: lengths of packed documents (b = 1) that do not see each other.
+    documents: lengths of packed documents (b = 1) that do not see each other. window_rope: rope of layers with a window.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     documents: tuple[int, ...] | None = None
+    window_rope: tuple[Tensor, Tensor] | None = None

@@ -12,7 +12,7 @@ from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
 from megnorm.layers.loss import token_loss
 from megnorm.layers.norm import norm_or_identity
-from megnorm.layers.rope import rope_table, token_positions
+from megnorm.layers.rope import rotations, token_positions
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import padded_vocabulary
 from megnorm.norms.resolve import Resolved, resolve
@@ -87,10 +87,8 @@ class CausalLM(nn.Module):
         """
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
         x = self.embed(tokens, where) if carry is None else carry
-        rope = None
-        if self.cfg.positions == "rotary":
-            rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
-        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
+        rope, window_rope = rotations(self.cfg, where, x.dtype)
+        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents, window_rope)
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.last else x
 

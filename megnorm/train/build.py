@@ -43,7 +43,8 @@ class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
     stages: of this rank, by global index. named: their logical matrices. pipeline: runs them. flat: their weights and
-    gradients, and the pieces of them that it updates.
+    gradients, and the pieces of them that it updates. evaluators: called by every rank with the run and its held-out loss each
+    time that this is measured; what they give is logged.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class Run:
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
     guard: Guard = field(default_factory=Guard)
+    evaluators: "list[Callable[[Run, float], Mapping[str, float]]]" = field(default_factory=list)
 
 
 def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:

@@ -19,6 +19,7 @@ from megnorm.train.build import DTYPES
 
 OPTIONAL = {
     "transformers": "export, generation (megnorm[hf])",
+    "lm_eval": "tasks in megnorm eval (megnorm[eval])",
     "tensorboard": "TensorBoard (megnorm[tensorboard])",
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
@@ -124,7 +125,7 @@ def describe_kernels(dtype: str) -> list[str]:
         served = registry.choose(need, {})
         lines.append(f"  {op:<14} {served.backend:<19} {meaning}")
         for offer in registry.offers(op):
-            reason = offer.refuse(need)
+            reason = offer.reason(need)
             if offer is not served:
                 lines.append(f"  {'':<14}   {offer.backend:<17} {reason or 'if kernels.prefer asks for it'}")
     lines.append(f"the reference of every operation is {backends.REFERENCE}")

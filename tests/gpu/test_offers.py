@@ -22,7 +22,7 @@ def test_agrees_with_the_reference(offer: registry.Offer, dtype: torch.dtype) ->
     for need in needs(offer.op, dtype):
         if dtype != torch.float32 and any(form is not None and form.kind == "derf" for form in need.norms):
             continue  # the gradient of its scalars is a sum that cancels
-        reason = offer.refuse(need)
+        reason = offer.reason(need)
         if reason is not None:
             reasons.append(reason)
             continue

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from megnorm.kernels.registry import Need, NormForm
+from megnorm.kernels.registry import Need, NormForm, Scores
 
 WIDTH, HEAD = 37, 10
 KINDS = ("layernorm", "rmsnorm", "l2", "scalenorm", "dyt", "derf", "seednorm")
@@ -50,7 +50,12 @@ def needs(op: str, dtype: torch.dtype, device: str = "cuda") -> list[Need]:
     if op == "attention":
         even = replace(heads, head_dim=16)
         made = [even, replace(even, packed=True), replace(even, mask=True), replace(even, kv_heads=6)]
-        return [*made, *(replace(need, causal=False) for need in made[:3])]
+        made += [replace(need, causal=False) for need in made[:3]]
+        made += [replace(need, biased=True) for need in (even, made[2], replace(even, causal=False))]
+        slopes = tuple(2.0**-i for i in range(6))
+        alone = [Scores(scale=0.3), Scores(softcap=1.5), Scores(window=3), Scores(alibi=slopes)]
+        every = [replace(need, scores=Scores(0.7, 2.0, 2, slopes)) for need in made[:3]]
+        return [*made, *(replace(even, scores=scores) for scores in alone), *every]
     if op == "linear":
         plain = replace(base, features=(48, 32), tokens=64)
         recipes = ("current", "block", "delayed")

@@ -182,7 +182,7 @@ def check_offers() -> int:
     precise = [(op, torch.float32) for op in ("norm", "linear", "norm_linear", "adamw")]
     for op, dtype in (*precise, ("attention", torch.bfloat16)):
         for need in needs(op, dtype):
-            offers = [o for o in registry.offers(op) if o.backend == te_products.BACKEND and not o.refuse(need)]
+            offers = [o for o in registry.offers(op) if o.backend == te_products.BACKEND and not o.reason(need)]
             for offer in offers:
                 found = check.difference(offer, need, "cpu")
                 assert found <= check.TOLERANCE[dtype], (need, found)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megnorm.kernels import backends, check, libraries, registry, te_products
-from megnorm.kernels.registry import NormForm
+from megnorm.kernels.registry import NormForm, Scores
 from megnorm.layers import loss
 from tests.kernels import faking
 from tests.kernels.needs import needs
@@ -28,7 +28,7 @@ def _installed() -> Iterator[None]:
 
 @pytest.mark.parametrize("offer", BORROWED, ids=lambda offer: f"{offer.backend}-{offer.op}-{offer.priority}")
 def test_agrees_with_the_reference(offer: registry.Offer) -> None:
-    served = [need for dtype in DTYPES for need in needs(offer.op, dtype) if offer.refuse(need) is None]
+    served = [need for dtype in DTYPES for need in needs(offer.op, dtype) if offer.reason(need) is None]
     assert served, "an offer without a contract test"
     for seed, need in enumerate(served):
         faking.CALLS.clear()
@@ -43,13 +43,13 @@ def test_agrees_with_the_reference(offer: registry.Offer) -> None:
 def test_packed_documents_and_determinism(offer: registry.Offer) -> None:
     base = replace(needs("attention", torch.bfloat16)[0], packed=True, deterministic=True)
     if offer.priority == -3:  # for masks alone
-        assert offer.refuse(base) == "serves masks alone"
+        assert offer.reason(base) == "serves masks alone"
         return
-    assert offer.refuse(base) is None
+    assert offer.reason(base) is None
     assert check.difference(offer, base, "cpu") <= check.TOLERANCE[torch.bfloat16]
     if offer.backend.startswith("flash"):
         assert all(given.get("deterministic") is True for _, given in faking.CALLS)
-    assert "graph" in str(offer.refuse(replace(base, capture=True)))
+    assert "graph" in str(offer.reason(replace(base, capture=True)))
 
 
 def test_nothing_is_dropped_silently() -> None:
@@ -57,33 +57,38 @@ def test_nothing_is_dropped_silently() -> None:
     attention = needs("attention", torch.bfloat16)[0]
     by_name = {o.backend: o for o in registry.offers("attention") if o.priority > -3}
     for backend in ("flash_attn_3", "flash_attn_4"):
-        assert "dropout" in str(by_name[backend].refuse(replace(attention, dropout=True)))
-    assert by_name["flash_attn"].refuse(replace(attention, dropout=True)) is None
-    assert "mask" in str(by_name["flash_attn"].refuse(replace(attention, mask=True)))
-    assert "256" in str(by_name["flash_attn"].refuse(replace(attention, head_dim=264)))
-    assert "multiples of 8" in str(by_name["flash_attn_4"].refuse(replace(attention, head_dim=20)))
+        assert "dropout" in str(by_name[backend].reason(replace(attention, dropout=True)))
+    assert by_name["flash_attn"].reason(replace(attention, dropout=True)) is None
+    assert "mask" in str(by_name["flash_attn"].reason(replace(attention, mask=True)))
+    assert "256" in str(by_name["flash_attn"].reason(replace(attention, head_dim=264)))
+    for backend, offer in by_name.items():
+        asked = [offer.reason(replace(attention, scores=scores)) for scores in (Scores(window=4), Scores(softcap=1.0))]
+        assert (backend == "torch") == (asked == [None, None]), (
+            "no library is asked for what attention does to its scores"
+        )
+    assert "multiples of 8" in str(by_name["flash_attn_4"].reason(replace(attention, head_dim=20)))
     norms = {o.backend: o for o in registry.offers("norm")}
     cast = next(n for n in needs("norm", torch.bfloat16) if n.norm.cast_first)
     for backend in ("transformer_engine", "flash_attn", "apex"):
-        assert "model.norm.cast" in str(norms[backend].refuse(cast))
-    assert norms["liger"].refuse(cast) is None
+        assert "model.norm.cast" in str(norms[backend].reason(cast))
+    assert norms["liger"].reason(cast) is None
 
 
 def test_a_library_without_the_names_is_absent() -> None:
     """A namespace package (flash-attn 4 alone) or another package called apex imports, and is of no use."""
     del sys.modules["flash_attn"].flash_attn_func
     offer = next(o for o in registry.offers("attention") if o.backend == "flash_attn")
-    assert "has no flash_attn_func" in str(offer.refuse(needs("attention", torch.bfloat16)[0]))
+    assert "has no flash_attn_func" in str(offer.reason(needs("attention", torch.bfloat16)[0]))
 
 
 def test_a_library_that_fails_to_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     offer = next(o for o in registry.offers("norm") if o.backend == "transformer_engine")
-    assert "cannot be imported" in str(offer.refuse(needs("norm", torch.float32)[0]))
+    assert "cannot be imported" in str(offer.reason(needs("norm", torch.float32)[0]))
     libraries.probe.cache_clear()
     libraries.no_device.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert offer.refuse(needs("norm", torch.float32)[0]) == "there is no CUDA device"
+    assert offer.reason(needs("norm", torch.float32)[0]) == "there is no CUDA device"
 
 
 @pytest.mark.parametrize(
@@ -107,16 +112,16 @@ def test_fp8_is_served_or_refused() -> None:
         need = replace(base, quantize=recipe)
         check.difference(registry.choose(need, {}), need, "cpu")
         assert ("Linear.forward", {"recipe": name}) in faking.CALLS
-    assert "multiples of 16" in str(te.refuse(replace(base, features=(48, 24))))
-    assert "multiples of 32" in str(te.refuse(replace(base, quantize="mxfp8")))
-    assert "train.micro_batch" in str(te.refuse(replace(base, tokens=24)))
-    assert "train.precision" in str(te.refuse(replace(base, dtype=torch.float32)))
+    assert "multiples of 16" in str(te.reason(replace(base, features=(48, 24))))
+    assert "multiples of 32" in str(te.reason(replace(base, quantize="mxfp8")))
+    assert "train.micro_batch" in str(te.reason(replace(base, tokens=24)))
+    assert "train.precision" in str(te.reason(replace(base, dtype=torch.float32)))
     spread = replace(base, op="norm_linear", norms=(NormForm("rmsnorm", 48),), ranks=4, split_tokens=True)
     joined = next(o for o in registry.offers("norm_linear") if o.priority > 0)
-    assert joined.refuse(spread) is None
-    assert "on each of 4 ranks, not 32 in all" in str(joined.refuse(replace(spread, tokens=32)))
-    assert "keeps no history" in str(joined.refuse(replace(spread, quantize="delayed")))
-    assert "serves who asks" in str(joined.refuse(replace(spread, quantize="")))
+    assert joined.reason(spread) is None
+    assert "on each of 4 ranks, not 32 in all" in str(joined.reason(replace(spread, tokens=32)))
+    assert "keeps no history" in str(joined.reason(replace(spread, quantize="delayed")))
+    assert "serves who asks" in str(joined.reason(replace(spread, quantize="")))
     del sys.modules["transformer_engine.pytorch"].autocast
     libraries.probe.cache_clear()
     with pytest.raises(ValueError, match="kernels.fp8=current: nothing on this machine serves.*2.9 or newer"):

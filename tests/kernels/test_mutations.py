@@ -208,7 +208,7 @@ def _served(mistake: Mistake) -> tuple[registry.Offer, Need]:
     for offer in registry.offers(op):
         for dtype in (torch.float32, torch.bfloat16):  # what is small is seen in fp32
             for need in needs(op, dtype):
-                if offer.backend == backend and mistake.need(need) and offer.refuse(need) is None:
+                if offer.backend == backend and mistake.need(need) and offer.reason(need) is None:
                     return offer, need
     raise AssertionError("no need that the offer serves")
 

@@ -89,9 +89,9 @@ def test_every_operation_has_its_reference(op: str) -> None:
             if (
                 need.quantize and op != "norm_linear"
             ):  # whose reference is the layer's steps, a quantized product among them
-                assert reference.refuse(need) == "multiplies in the dtype of activations"
+                assert reference.reason(need) == "multiplies in the dtype of activations"
                 continue
-            assert reference.refuse(need) is None
+            assert reference.reason(need) is None
             if dtype == torch.bfloat16 and any(form is not None and form.kind == "derf" for form in need.norms):
                 continue  # the gradient of its scalars is a sum that cancels
             # It rounds between its steps, which a joined kernel need not.
@@ -107,7 +107,7 @@ def test_what_runs_on_a_cpu_agrees_with_the_reference(offer: Offer, monkeypatch:
     monkeypatch.setattr("megnorm.kernels.torch_experts.no_device", lambda capability: None)
     for dtype in (torch.float32, torch.bfloat16):
         device = "cpu" if offer.priority < 5 else "cuda"
-        served = [need for need in needs(offer.op, dtype, device) if offer.refuse(need) is None]
+        served = [need for need in needs(offer.op, dtype, device) if offer.reason(need) is None]
         assert served
         for seed, need in enumerate(served):
             assert check.difference(offer, need, "cpu", seed=seed) <= check.tolerance(need), need
@@ -126,10 +126,10 @@ def test_the_compiler_takes_the_reference_whole(offer: Offer, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("megnorm.kernels.libraries.missing", lambda name: None)
     for need in _few(needs(offer.op, torch.float32)):
-        assert offer.refuse(need) == "kernels.compile is off"
+        assert offer.reason(need) == "kernels.compile is off"
         asked = replace(need, compiled=True)
-        assert offer.refuse(asked) is None
-        assert "CUDA" in str(offer.refuse(replace(asked, device="cpu")))
+        assert offer.reason(asked) is None
+        assert "CUDA" in str(offer.reason(replace(asked, device="cpu")))
         assert check.difference(offer, asked, "cpu") <= check.TOLERANCE[torch.float32], need
 
 

@@ -26,7 +26,7 @@ def _as_if_on_cuda(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("offer", OURS, ids=lambda offer: offer.op)
 def test_agrees_with_the_reference(offer: registry.Offer, dtype: torch.dtype) -> None:
-    served = [need for need in needs(offer.op, dtype) if offer.refuse(need) is None]
+    served = [need for need in needs(offer.op, dtype) if offer.reason(need) is None]
     assert served
     for i, need in enumerate(served):
         rows = ((3, 2), (1, 1), (2, 3))[i % 3]
@@ -37,11 +37,11 @@ def test_agrees_with_the_reference(offer: registry.Offer, dtype: torch.dtype) ->
 def test_what_has_no_kernel_is_refused() -> None:
     norm = next(offer for offer in OURS if offer.op == "norm")
     need = Need("norm", "cuda", torch.float32, norms=(NormForm("rmsnorm", 8),))
-    assert norm.refuse(need) is None
-    assert "fp32" in str(norm.refuse(replace(need, dtype=torch.float64)))
-    assert "gain per head" in str(norm.refuse(replace(need, norms=(NormForm("rmsnorm", 8, gain="per_head"),))))
-    assert "too long" in str(norm.refuse(replace(need, norms=(NormForm("rmsnorm", 16385),))))
-    assert "CUDA" in str(norm.refuse(replace(need, device="cpu")))
+    assert norm.reason(need) is None
+    assert "fp32" in str(norm.reason(replace(need, dtype=torch.float64)))
+    assert "gain per head" in str(norm.reason(replace(need, norms=(NormForm("rmsnorm", 8, gain="per_head"),))))
+    assert "too long" in str(norm.reason(replace(need, norms=(NormForm("rmsnorm", 16385),))))
+    assert "CUDA" in str(norm.reason(replace(need, device="cpu")))
 
 
 class _TwoRanks:
