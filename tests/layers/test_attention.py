@@ -58,9 +58,16 @@ def projections(s: int = 9, b: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return 2 * q, k, v
 
 
-def attend(scores: Scores, *qkv: Tensor, mask: Tensor | None = None, documents: Any = None) -> Tensor:
+def attend(
+    scores: Scores,
+    *qkv: Tensor,
+    mask: Tensor | None = None,
+    documents: Any = None,
+    causal: bool = True,
+    bias: Any = None,
+) -> Tensor:
     fn = make_attention(Need("attention", "cpu", torch.float64, head_dim=4, scores=scores))
-    return fn(*qkv, mask=mask, documents=documents, dropout=0.0)
+    return fn(*qkv, mask=mask, documents=documents, dropout=0.0, causal=causal, bias=bias)
 
 
 @pytest.mark.parametrize("scores", SCORES)
@@ -89,6 +96,36 @@ def test_documents_are_apart(scores: Scores) -> None:
     packed = attend(scores, q, k, v, documents=(2, 6, 1))
     parts = [attend(scores, *(x[first:last] for x in (q, k, v))) for first, last in ((0, 2), (2, 8), (8, 9))]
     assert torch.equal(packed, torch.cat(parts))
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_is_added_to_what_else_scores_have(scores: Scores, masked: bool) -> None:
+    """Linear biases are one: given by hand they do the same, and twice as much beside themselves."""
+    qkv, slopes, place = projections(), torch.tensor(alibi_slopes(6), dtype=torch.float64), torch.arange(9.0).double()
+    bias = (slopes[:, None, None] * (place - place[:, None]))[None]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().index_fill(1, torch.tensor([2]), False) if masked else None
+    mask = None if mask is None else (mask | torch.eye(9, dtype=torch.bool)).expand(2, 1, 9, 9)
+    wanted = replace(
+        scores, alibi=tuple(x + y for x, y in zip(scores.alibi or (0.0,) * 6, slopes.tolist(), strict=True))
+    )
+    assert (attend(scores, *qkv, mask=mask, bias=bias) - attend(wanted, *qkv, mask=mask)).abs().max() < 1e-12
+    assert (attend(scores, *qkv, mask=mask) - attend(wanted, *qkv, mask=mask)).abs().max() > 1e-3
+
+
+def test_scores_that_are_not_causal() -> None:
+    """Queries of one sequence, keys and values of another; a window and linear biases look back alone."""
+    (q, k, v), scores = projections(), Scores(0.7, 2.0)
+    k, v = (x[:5] for x in (k, v))
+    z = torch.einsum("ibhd,jbhd->bhij", q, k.repeat_interleave(3, 2))
+    weights = (2.0 * torch.tanh(0.35 * z)).softmax(-1)
+    wanted = torch.einsum("bhij,jbhd->ibhd", weights, v.repeat_interleave(3, 2))
+    assert (attend(scores, q, k, v, causal=False) - wanted).abs().max() < 1e-12
+    for lacking in (Scores(window=3), Scores(alibi=alibi_slopes(6))):
+        with pytest.raises(ValueError, match="'attention'.*torch: looks back alone.*model.attention.window"):
+            registry.choose(Need("attention", "cpu", torch.float32, causal=False, scores=lacking), {})
+    with pytest.raises(ValueError, match="no bias to scores of packed documents"):
+        registry.choose(Need("attention", "cpu", torch.float32, biased=True, packed=True), {})
 
 
 @pytest.mark.parametrize("scores", SCORES[1:])
