@@ -98,6 +98,14 @@ def test_every_operation_has_its_reference(op: str) -> None:
             assert check.difference(reference, need, "cpu") <= 3 * check.TOLERANCE[dtype], need
 
 
+@pytest.mark.parametrize("op", check.EXAMPLES)
+def test_an_example_may_be_one_token(op: str) -> None:
+    """The second example that tests/gpu gives every offer, of the same numbers."""
+    reference = next(offer for offer in registry.offers(op) if offer.backend == "torch")
+    for need in needs(op, torch.float32, "cpu"):
+        assert check.difference(reference, need, "cpu", rows=(1, 1), seed=1) <= check.TOLERANCE[torch.float32], need
+
+
 OURS = [offer for offer in registry.offers() if offer.backend.startswith("torch_")]
 
 
@@ -116,11 +124,8 @@ def test_what_runs_on_a_cpu_agrees_with_the_reference(offer: Offer, monkeypatch:
 COMPILED = [offer for offer in registry.offers() if offer.backend == "compiled"]
 
 
-@pytest.mark.parametrize(
-    "offer",
-    [o if o.op == "norm_add" else pytest.param(o, marks=pytest.mark.full) for o in COMPILED],
-    ids=lambda offer: offer.op,
-)
+@pytest.mark.full
+@pytest.mark.parametrize("offer", COMPILED, ids=lambda offer: offer.op)
 def test_the_compiler_takes_the_reference_whole(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced with its gradient, without the compiler of kernels, which needs an accelerator to be meant."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
