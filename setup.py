@@ -46,6 +46,8 @@ setup(
         "wandb": ["wandb>=0.18"],
         "te": ["transformer-engine[pytorch]>=2.0"],
         "flash": ["flash-attn>=2.6"],
+        "liger": ["liger-kernel>=0.8"],
+        "triton": ["triton>=3.0"],  # torch for CUDA brings its own; this is for the interpreter on a CPU
         "mpi": MPI,
         "eval": ["lm-eval>=0.4.5"],
         "data": DATA,

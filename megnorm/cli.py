@@ -17,6 +17,7 @@ VERBS = {
     "convert": ("to and from Hugging Face", "megnorm.hf.commands"),
     "checkpoint": ("inspect, verify, compare checkpoints", "megnorm.checkpoint.commands"),
     "generate": ("continue a text", "megnorm.infer.commands"),
+    "eval": ("perplexity of texts, tasks of lm-eval", "megnorm.infer.commands"),
     "plot": ("draw a run's figures", "megnorm.metrics.commands"),
     "compare": ("several runs as a table and a figure", "megnorm.metrics.commands"),
     "norms": ("the normalization schemes: table, numbers, drawings", "megnorm.hf.schemes"),

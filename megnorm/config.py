@@ -40,6 +40,7 @@ class RunConfig:
 
 
 MAX_BYTES, MAX_VALUES = 4 << 20, 100_000  # of a YAML file
+MAX_BASES = 4  # files that one may begin from, and how deep they may be nested
 
 
 class ConfigError(ValueError):
@@ -49,10 +50,11 @@ class ConfigError(ValueError):
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file (None: all defaults) with ``a.b.c=value`` overrides, values parsed as YAML.
 
+    A file may begin from others: its key ``base`` names one or several that lie beside it; where keys meet the later wins.
     Raises ConfigError for a file that is missing or broken, an unknown key (naming the nearest), a value of another type.
     """
     source = str(path) if path is not None else "command line"
-    data: dict[str, Any] = {} if path is None else _read(Path(path))
+    data: dict[str, Any] = {} if path is None else _whole(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -113,6 +115,30 @@ for _class in (_Loader, _Dumper):
 @functools.cache
 def _adapter() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
+
+
+def _whole(path: Path, above: int = 0) -> dict[str, Any]:
+    """A file's keys over those of its bases. above: files between it and the one that was asked for."""
+    if above > MAX_BASES:
+        raise ConfigError(f"{path}: base leads through more than {MAX_BASES} files; does it lead back?")
+    data = _read(path)
+    made: dict[str, Any] = {}
+    bases = data.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and len(bases) <= MAX_BASES and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"{path}: base names a file, or a list of up to {MAX_BASES}; it is {reprlib.repr(bases)}")
+    for base in bases:
+        made = _merged(made, _whole(path.parent / base, above + 1))
+    return _merged(made, data)
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new`` over ``old``, mappings key by key."""
+    made = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = _merged(made[key], value) if both else value
+    return made
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ LEAST: dict[str, dict[str, int]] = {
     | {"eval_every": 0, "eval_batches": 0, "check_replicas_every": 0, "recompute_blocks": 1},
 }
 TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
-POSITIVE = ("model.rope_theta", "parallel.timeout", "parallel.bucket_mb", "optim.power")
+POSITIVE = ("model.rope_theta", "model.logit_scale", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
 
 class PlanError(ValueError):
@@ -85,6 +85,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     _check_optim(config)
     _check_recompute(config)
     _check_guard(config)
+    _check_kernels(config)
     schedule.check(config.optim, config.train.steps)
     if config.data.task not in TASKS[config.model.family]:
         raise PlanError(
@@ -95,6 +96,11 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
         raise PlanError(
             "model.padding_id counts positions of real tokens itself and cannot be joined with data.separate_documents or "
             "data.reset_positions, which count them by document; set model.padding_id=null for packed data"
+        )
+    if config.model.positions == "alibi" and config.data.reset_positions and not config.data.separate_documents:
+        raise PlanError(
+            "data.reset_positions does not reset the distances of model.positions=alibi; set data.separate_documents=true, or "
+            "drop it"
         )
     dp = _check_layout(config, world)
     parallel = config.parallel
@@ -121,6 +127,17 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
             *_recompute_warnings(config, sequence_parallel),
         ),
     )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """FP8 where it means something."""
+    k, t = config.kernels, config.train
+    if k.fp8 is None:
+        return
+    if t.precision not in ("bf16", "fp16"):
+        raise PlanError(f"kernels.fp8={k.fp8} quantizes bf16, but train.precision={t.precision}; use bf16")
+    if min(k.fp8_spare) < 0 or sum(k.fp8_spare) >= config.model.layers:
+        raise PlanError(f"kernels.fp8_spare={k.fp8_spare} leaves none of model.layers={config.model.layers} to FP8")
 
 
 def check_model(m: ModelConfig) -> None:

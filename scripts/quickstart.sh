@@ -14,14 +14,8 @@ began=$SECONDS
 stage() { printf '\n== %s\n' "$1"; }
 rm -rf "$out"
 
-stage "tokenizer: byte-level BPE of 2048 tokens from $text/train.jsonl.gz -> $out/tokenizer/"
-megnorm tokenizer train --input "$text/train.jsonl.gz" --vocab-size 2048 --output "$out/tokenizer"
-
-stage "preprocess: text to token files -> $out/data/{train,valid}.{bin,idx}"
-for split in train valid; do
-    megnorm preprocess --strict --quiet --input "$text/$split.jsonl.gz" --tokenizer "$out/tokenizer" \
-        --output "$out/data/$split"
-done
+stage "data: byte-level BPE of 2048 tokens, then text to token files -> $out/tokenizer/, $out/data/{train,valid}.{bin,idx}"
+bash scripts/first_data.sh
 entropy=$(python "$text/check.py" entropy "$out/data/valid")
 
 stage "plan: what $text/run.yaml asks for (starts nothing)"

@@ -75,7 +75,7 @@ OPTIONAL = {
     "pyarrow", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
     "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip
-SHIPPED = {"hf.modeling_megnorm", "hf.configuration_megnorm", "hf.norms_megnorm"}
+SHIPPED = {"hf.modeling_megnorm", "hf.attention_megnorm", "hf.configuration_megnorm", "hf.norms_megnorm"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -10,10 +10,13 @@ class MegnormConfig(PreTrainedConfig):
 
     norm: the normalization scheme, resolved: ``layers`` (one entry a layer, with ``attention`` and ``ffn``),
     ``embedding`` and ``final``. Every number is there; the scheme's name is kept for people only.
-    positions: learned | sinusoidal | rotary | none. activation: gelu, gelu_tanh, relu, relu_squared, silu, or the gated
+    positions: learned | sinusoidal | rotary | alibi | none. activation: gelu, gelu_tanh, relu, relu_squared, silu, or the gated
     swiglu, geglu, geglu_tanh, reglu. position_padding_id: without an attention mask, tokens of this id are padding;
     positions count real tokens only and padding has none. None: the attention mask alone says what is padding, and
     does not move positions. parallel_block: attention and feed-forward read the same stream.
+    rope_parameters, layer_types, sliding_window, attn_logit_softcapping and final_logit_softcapping mean what they do in
+    transformers' own models. attention_scale: factor on scores, None: 1 / sqrt(head_dim). logit_scale: factor on logits.
+    linear_bias: on every linear layer of the blocks; qkv_bias, o_bias: on these alone, None: as linear_bias.
     norm_config: the options that ``norm`` was resolved from, for reading the folder back into megnorm.
     """
 
@@ -40,7 +43,15 @@ class MegnormConfig(PreTrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         position_padding_id: int | None = None,
         embedding_scale: float = 1.0,
+        layer_types: list[str] | None = None,
+        sliding_window: int | None = None,
+        attention_scale: float | None = None,
+        attn_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        final_logit_softcapping: float | None = None,
         linear_bias: bool = False,
+        qkv_bias: bool | None = None,
+        o_bias: bool | None = None,
         head_bias: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
@@ -68,7 +79,15 @@ class MegnormConfig(PreTrainedConfig):
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.position_padding_id = position_padding_id
         self.embedding_scale = embedding_scale
+        self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
+        self.sliding_window = sliding_window
+        self.attention_scale = attention_scale
+        self.attn_logit_softcapping = attn_logit_softcapping
+        self.logit_scale = logit_scale
+        self.final_logit_softcapping = final_logit_softcapping
         self.linear_bias = linear_bias
+        self.qkv_bias = linear_bias if qkv_bias is None else qkv_bias
+        self.o_bias = linear_bias if o_bias is None else o_bias
         self.head_bias = head_bias
         self.dropout = dropout
         self.attention_dropout = attention_dropout

@@ -18,7 +18,8 @@ from megnorm.hf import custom
 from megnorm.hf.card import Card, write_card
 from megnorm.hf.families.base import Family
 from megnorm.hf.families.registry import by_model_type, choose
-from megnorm.hf.fold import State, fold
+from megnorm.hf.families.rope import longest_input
+from megnorm.hf.fold import State, fold, fold_scores
 from megnorm.hf.tokenizer import SpecialIds, write_tokenizer
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, resolve
@@ -133,8 +134,11 @@ def from_hf(folder: Path) -> Imported:
 def _native(family: Family, state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:
     plain_model, plain, folded = fold(model, resolved, state)
     plain, folded = family.prepare(plain, folded)
+    if not family.takes_scale(plain_model):
+        plain_model, folded = fold_scores(plain_model, plain, folded)
     fields = {"architectures": [family.architecture], **family.config(plain_model, plain)}
-    return fields, family.rename(family.transform(folded, plain_model), plain_model)
+    renamed = family.rename(family.transform(folded, plain_model), plain_model)
+    return fields, {name: tensor.float() for name, tensor in renamed.items()}
 
 
 def _custom(state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:
@@ -219,9 +223,9 @@ def _read_weights(folder: Path) -> State:
 def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> State:
     """Without buffers of old versions and without the tied head; with the base model's prefix if it was left out."""
     kept = {n: t for n, t in tensors.items() if not n.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))}
-    if fields["model_type"] == "gpt2":
+    if fields["model_type"] in ("gpt2", "gpt_bigcode"):
         kept = {n: t for n, t in kept.items() if not n.endswith(".attn.bias")}
-    prefix = {"gpt2": "transformer."}.get(fields["model_type"], "model.")
+    prefix = "transformer." if fields["model_type"] in ("gpt2", "gpt_bigcode", "bloom", "mpt") else "model."
     kept = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
     if model.tied_head:
         kept.pop("lm_head.weight", None)
@@ -270,7 +274,7 @@ def _forget_code(model: Any) -> None:
 def random_tokens(config: Any, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
     """Tokens [batch, length] for comparisons; rows do not begin with padding."""
     generator = torch.Generator().manual_seed(seed)
-    longest = getattr(config, "max_position_embeddings", length)
+    longest = longest_input(config) or length
     tokens = torch.randint(config.vocab_size, (batch, min(length, longest)), generator=generator)
     padding = getattr(config, "position_padding_id", None)
     if padding is not None:

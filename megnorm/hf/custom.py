@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from megnorm.hf.families.rope import layer_types, longest, read_rope, read_window, rope_parameters
 from megnorm.hf.fold import State, embedding_scale
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import AttentionConfig, ModelConfig
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import Resolved, from_json
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from megnorm.hf.modeling_megnorm import MegnormForCausalLM
 
 ARCHITECTURE = "MegnormForCausalLM"
-FILES = ("configuration_megnorm.py", "norms_megnorm.py", "modeling_megnorm.py")
+FILES = ("configuration_megnorm.py", "norms_megnorm.py", "attention_megnorm.py", "modeling_megnorm.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_megnorm.MegnormConfig",
     "AutoModel": "modeling_megnorm.MegnormModel",
@@ -37,14 +38,22 @@ def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
         "num_key_value_heads": model.kv,
         "head_dim": model.hd,
         "intermediate_size": model.ffn,
-        "max_position_embeddings": model.max_positions,
+        "max_position_embeddings": longest(model),
         "activation": model.activation,
         "positions": model.positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": rope_parameters(model),
         "position_padding_id": model.padding_id,
         "pad_token_id": model.padding_id,
         "embedding_scale": embedding_scale(model),
+        "layer_types": layer_types(model),
+        "sliding_window": model.attention.window,
+        "attention_scale": model.attention.scale,
+        "attn_logit_softcapping": model.attention.softcap,
+        "logit_scale": model.logit_scale,
+        "final_logit_softcapping": model.logit_softcap,
         "linear_bias": model.bias,
+        "qkv_bias": model.biased_qkv,
+        "o_bias": model.biased_o,
         "head_bias": model.head_bias,
         "dropout": model.dropout,
         "attention_dropout": model.attention_dropout,
@@ -58,6 +67,7 @@ def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
 def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
     """The inverse of ``config``."""
     norm = dict(fields.get("norm_config") or {"scheme": fields["norm"]["scheme"]})
+    theta, scaling, local = read_rope(fields)
     norm["plugins"] = ()  # a folder from a stranger names no code to run; the numbers are in "norm"
     model = ModelConfig(
         layers=fields["num_hidden_layers"],
@@ -70,11 +80,21 @@ def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
         max_positions=fields["max_position_embeddings"],
         activation=fields["activation"],
         positions=fields["positions"],
-        rope_theta=fields["rope_parameters"]["rope_theta"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention=AttentionConfig(
+            scale=fields.get("attention_scale"),
+            softcap=fields.get("attn_logit_softcapping"),
+            **read_window(fields, local),
+        ),
         padding_id=fields["position_padding_id"],
         embedding_scale=fields["embedding_scale"],
         tied_head=fields["tie_word_embeddings"],
+        logit_scale=fields.get("logit_scale", 1.0),
+        logit_softcap=fields.get("final_logit_softcapping"),
         bias=fields["linear_bias"],
+        qkv_bias=_unless(fields.get("qkv_bias"), fields["linear_bias"]),
+        o_bias=_unless(fields.get("o_bias"), fields["linear_bias"]),
         head_bias=fields["head_bias"],
         dropout=fields["dropout"],
         attention_dropout=fields["attention_dropout"],
@@ -82,6 +102,10 @@ def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
         norm=NormConfig(**norm),
     )
     return model, from_json(fields["norm"])
+
+
+def _unless(value: bool | None, usual: bool) -> bool | None:
+    return None if value == usual else value
 
 
 def rename(state: Mapping[str, "Tensor"]) -> State:

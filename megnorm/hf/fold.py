@@ -40,6 +40,9 @@ def fold(
     if scale != 1.0 and not model.tied_head:
         _multiply(made, "embed.token.weight", scale)
         model = replace(model, embedding_scale=1.0)
+    if model.logit_scale != 1.0 and (final is not None or not model.tied_head):
+        _scale_logits(model, final, made)
+        model = replace(model, logit_scale=1.0)
     return model, replace(resolved, layers=layers, embedding=embedding, final=final), made
 
 
@@ -60,6 +63,21 @@ def fold_skip(resolved: Resolved, state: Mapping[str, "Tensor"] | None = None) -
             layer = replace(layer, **{part: sub})
         layers.append(layer)
     return replace(resolved, layers=tuple(layers)), made
+
+
+def fold_scores(
+    model: ModelConfig, resolved: Resolved, state: Mapping[str, "Tensor"]
+) -> tuple[ModelConfig, dict[str, "Tensor"]]:
+    """The factor on scores as 1 / sqrt(head_dim), the rest of it in W_q or in the (folded) norm behind it."""
+    made: State = dict(state)
+    if model.attention.scale is None:
+        return model, made
+    factor = model.attention.scale * model.hd**0.5
+    for i, layer in enumerate(resolved.layers):
+        _scale(
+            f"blocks.{i}.attention.q" + ("" if layer.attention.q is None else "_norm"), layer.attention.q, factor, made
+        )
+    return replace(model, attention=replace(model.attention, scale=None)), made
 
 
 def embedding_scale(model: ModelConfig) -> float:
@@ -104,25 +122,38 @@ def _norm(path: str, norm: Norm | None, width: int, state: State) -> Norm | None
     if state:
         name = f"{path}.weight"
         if norm.gain == "one_plus":
-            state[name] = 1 + state[name]
+            state[name] = 1 + state[name].double()  # the class may store w again
         elif norm.gain == "scalar":
             state[name] = state[name].expand(width).clone()
         elif norm.gain == "none":
             state[name] = next(iter(state.values())).new_ones(width)
         if scale != 1.0:
-            for name in ("weight", "bias", *(["alpha"] if norm.kind == "seednorm" else [])):
-                _multiply(state, f"{path}.{name}", scale)
+            _scale(path, norm, scale, state)
     return replace(norm, gain="per_head" if norm.gain == "per_head" else "vector", scale=1.0)
 
 
 def _scale_branch(path: str, last: str, output: Norm | None, factor: "float | Tensor", state: State) -> None:
     """Multiply a branch's output: in its output norm if it has one, else in its last matrix."""
     if output is not None:
-        for name in ("weight", "bias", *(["alpha"] if output.kind == "seednorm" else [])):
-            _multiply(state, f"{path}.output_norm.{name}", factor)
+        _scale(f"{path}.output_norm", output, factor, state)
         return
     _multiply(state, f"{path}.{last}.weight", factor if isinstance(factor, float) else factor[:, None])
     _multiply(state, f"{path}.{last}.bias", factor)
+
+
+def _scale_logits(model: ModelConfig, final: Norm | None, state: State) -> None:
+    """In the head; a tied one leaves it to the final norm."""
+    if not model.tied_head:
+        _scale("head", None, model.logit_scale, state)
+        return
+    _scale("final_norm", final, model.logit_scale, state)
+    _multiply(state, "head.bias", model.logit_scale)
+
+
+def _scale(path: str, norm: Norm | None, factor: "float | Tensor", state: State) -> None:
+    """Multiply the output of a norm, or (None) of a linear layer."""
+    for name in ("weight", "bias", *(["alpha"] if norm is not None and norm.kind == "seednorm" else [])):
+        _multiply(state, f"{path}.{name}", factor)
 
 
 def _head_scale(path: str, place: str, model: ModelConfig, state: State) -> None:

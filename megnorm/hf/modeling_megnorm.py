@@ -1,6 +1,6 @@
 """A megnorm model in transformers: one decoder that reads where its norms stand from the config.
 
-Self-contained: needs torch, transformers and the two files beside it, configuration_megnorm.py and norms_megnorm.py.
+Self-contained: needs torch, transformers and the three files beside it: configuration_, norms_ and attention_megnorm.py.
 No normalization scheme is known here by name; ``config.norm`` lists, for every layer, the norms, the residual's factors
 and its source. Parameter names are megnorm's, under ``model.``.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -23,8 +23,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_megnorm import alibi, eager_attention, rotary_angles, rotate
 from .configuration_megnorm import MegnormConfig
-from .norms_megnorm import Norm, Residual, Spec, make_norm, over_heads, wide
+from .norms_megnorm import Norm, Residual, Spec, make_norm, over_heads
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -66,36 +67,6 @@ class Embedding(nn.Module):
         return F.pad(rows, (0, self.config.hidden_size - 2 * half)).to(dtype)
 
 
-def rotary_angles(config: MegnormConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """cos and sin [b, s, 1, head_dim] of rotary positions."""
-    if config.positions != "rotary":
-        return None
-    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=wide(dtype)) / config.head_dim
-    angles = positions[..., None, None].to(pairs.dtype) * (1.0 / config.rope_parameters["rope_theta"] ** pairs)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the halves of each head [b, s, heads, head_dim] against each other."""
-    a, b = x.chunk(2, -1)
-    return x * angles[0] + torch.cat([-b, a], -1) * angles[1]
-
-
-def eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """query [b, h, s, hd], key and value [b, kv, t, hd] -> context [b, s, h, hd] and weights [b, h, s, t]."""
-    key = key.repeat_interleave(module.num_key_value_groups, 1)
-    value = value.repeat_interleave(module.num_key_value_groups, 1)
-    scores = query @ key.transpose(2, 3) * kwargs["scaling"]
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=wide(scores.dtype)).to(query.dtype)
-    weights = F.dropout(weights, kwargs.get("dropout", 0.0), module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 class Attention(nn.Module):
     """Self-attention and the norms and scales inside it: [b, s, d] after the input norm -> branch [b, s, d]."""
 
@@ -107,12 +78,14 @@ class Attention(nn.Module):
         d, heads, kv, self.head_dim = (
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         )  # fmt: skip
-        self.num_key_value_groups, self.scaling = heads // kv, self.head_dim**-0.5
+        scale, windowed = config.attention_scale, config.layer_types[layer_idx] == "sliding_attention"
+        self.num_key_value_groups, self.scaling = heads // kv, self.head_dim**-0.5 if scale is None else scale
+        self.sliding_window = config.sliding_window if windowed else None
         self.input_norm = make_norm(spec["input"], d)
-        self.q = nn.Linear(d, heads * self.head_dim, bias=config.linear_bias)
-        self.k = nn.Linear(d, kv * self.head_dim, bias=config.linear_bias)
-        self.v = nn.Linear(d, kv * self.head_dim, bias=config.linear_bias)
-        self.o = nn.Linear(heads * self.head_dim, d, bias=config.linear_bias)
+        self.q = nn.Linear(d, heads * self.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(d, kv * self.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(d, kv * self.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(heads * self.head_dim, d, bias=config.o_bias)
         for site, n in (("q", heads), ("k", kv), ("v", kv), ("context", heads)):
             size = self.head_dim * (n if spec[site] and spec[site]["over"] == "width" else 1)
             setattr(self, f"{site}_norm", make_norm(spec[site], size, n))
@@ -139,6 +112,7 @@ class Attention(nn.Module):
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
+        kwargs |= {"softcap": self.config.attn_logit_softcapping, "sliding_window": self.sliding_window}
         context, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         context = over_heads(self.context_norm, context, self.head_dim)
         if self.scaled == "pre_projection":
@@ -195,11 +169,20 @@ class MegnormPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+
+    @property
+    def _supports_sdpa(self) -> bool:  # it has no softcap
+        return self.config.positions != "alibi" and self.config.attn_logit_softcapping is None
+
+    @property
+    def _supports_flash_attn(self) -> bool:  # it knows no such bias
+        return self.config.positions != "alibi"
+
+    @property
+    def _supports_flex_attn(self) -> bool:
+        return self.config.positions != "alibi"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -253,21 +236,29 @@ class MegnormModel(MegnormPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(token.shape[1], device=token.device)[None] + past
         hidden_states = self.embed(token, position_ids, real)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        angles = rotary_angles(self.config, position_ids, hidden_states.dtype)
-        for block in self.blocks:
-            hidden_states = block(
-                hidden_states, attention_mask=mask, angles=angles, past_key_values=past_key_values, **kwargs
-            )
+        shared = self._by_type(hidden_states, attention_mask, past_key_values, position_ids, past)
+        for block, layer_type in zip(self.blocks, self.config.layer_types, strict=True):
+            hidden_states = block(hidden_states, past_key_values=past_key_values, **shared[layer_type], **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _by_type(
+        self, x: Tensor, mask: Tensor | None, cache: Cache | None, position_ids: Tensor, past: int
+    ) -> dict[str, dict[str, Any]]:
+        """What the layers of a type are given: mask, angles, and ALiBi's biases if there are any."""
+        config, s, found = self.config, x.shape[1], {}
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        given = {"inputs_embeds": x, "attention_mask": mask, "past_key_values": cache, "position_ids": position_ids}
+        for name in set(config.layer_types):
+            angles = rotary_angles(config, name, position_ids, x.dtype)
+            made = mask[name] if isinstance(mask, dict) else makers[name](config=config, **given)
+            found[name] = {"attention_mask": made, "angles": angles}
+            if config.positions == "alibi":  # a cache of layers with a window holds the last keys alone
+                count, first = (s, 0) if cache is None else cache.get_mask_sizes(s, config.layer_types.index(name))
+                places = torch.arange(max(s, count), device=x.device)
+                found[name]["alibi"] = alibi(config.num_attention_heads, places[:s] + past, places[:count] + first)
+        return found
 
     def _padding(
         self, input_ids: Tensor | None, mask: Tensor | None, length: int, past: int
@@ -276,7 +267,8 @@ class MegnormModel(MegnormPreTrainedModel):
 
         Without a mask padding is found by its id, but not behind a cache: there a caller who pads gives the mask.
         """
-        if self.config.position_padding_id is None or (mask is not None and mask.dim() != 2):
+        ready = isinstance(mask, dict) or (mask is not None and mask.dim() != 2)  # by generate, for a static cache
+        if self.config.position_padding_id is None or ready:
             return mask, None
         if mask is None and past == 0 and input_ids is not None:
             mask = (input_ids != self.config.position_padding_id).long()
@@ -325,6 +317,9 @@ class MegnormForCausalLM(MegnormPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        cap = self.config.final_logit_softcapping
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

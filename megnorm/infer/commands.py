@@ -1,9 +1,11 @@
-"""The verb ``generate``."""
+"""The verbs ``generate`` and ``eval``."""
 
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,3 +63,94 @@ def run_generate(args: argparse.Namespace) -> int:
         if i + 1 < len(rows):
             print("-" * 40)
     return 0
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Judge a trained model (a run, a checkpoint, or an exported folder) by texts, and by tasks of lm-eval."
+    )
+    parser.add_argument("source", type=Path, help="run folder, checkpoint folder or Hugging Face folder")
+    parser.add_argument("--text", nargs="+", default=[], help="JSONL files: perplexity by token, byte and word")
+    parser.add_argument("--key", default="text", help="of the text in a line (default: %(default)s)")
+    parser.add_argument("--tasks", default="", help="tasks of lm-eval, with commas between (needs megnorm[eval])")
+    parser.add_argument("--include", type=Path, help="folder of task files beside lm-eval's own")
+    parser.add_argument("--shots", type=int, help="examples in front of each question (default: as the task says)")
+    parser.add_argument("--limit", type=int, help="only the first of each file or task")
+    parser.add_argument("--batch", type=int, default=8, help="rows computed at a time (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: the model's own)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", help="e.g. cpu, cuda (default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, help="file that the results are appended to (default: eval.jsonl of a run)")
+    parser.add_argument(
+        "--follow", type=float, metavar="SECONDS",
+        help="judge every checkpoint of a run while it trains, looking for new ones this often; ends with the run's last step",
+    )  # fmt: skip
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Print the results, and append them to a file; the exit code."""
+    if not args.text and not args.tasks:
+        raise ValueError("eval: nothing to judge by; give --text or --tasks")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        raise ValueError("eval needs transformers: pip install megnorm[hf]") from None
+    from megnorm.infer.evaluate import read_texts
+
+    logging.disable_progress_bar()
+    texts = {name: read_texts([name], args.key, args.limit) for name in args.text}
+    if args.follow is None:
+        _judge(args, args.source, texts)
+        return 0
+    return _follow(args, texts)
+
+
+def _judge(args: argparse.Namespace, source: Path, texts: dict[str, list[str]]) -> None:
+    import torch
+
+    from megnorm.infer.evaluate import RESULTS, Report, table, text_loss
+    from megnorm.infer.generate import load
+    from megnorm.infer.harness import run_tasks
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    generator = load(source, dtype=getattr(torch, args.dtype), device=device, tokenizer=args.tokenizer)
+    results = {name: text_loss(generator, found, batch=args.batch).values() for name, found in texts.items()}
+    tasks = [task for task in args.tasks.split(",") if task]
+    if tasks:
+        options = {"include": args.include, "shots": args.shots, "limit": args.limit, "batch": args.batch}
+        results |= run_tasks(generator, tasks, **options)
+    print(f"{source}\n{table(results)}", flush=True)
+    step = _step(source)
+    out = args.out or (args.source / RESULTS if step is not None and args.source == source else None)
+    if out is None and args.follow is not None:
+        out = args.source / RESULTS
+    if out is not None:
+        Report(str(source), step, results).append(out)
+
+
+def _step(source: Path) -> int | None:
+    """Of the checkpoint that a path means; None: it is an exported folder."""
+    from megnorm.checkpoint import io
+    from megnorm.hf.native import checkpoint_of
+
+    return None if (source / "config.json").is_file() else int(io.read_meta(checkpoint_of(source))["step"])
+
+
+def _follow(args: argparse.Namespace, texts: dict[str, list[str]]) -> int:
+    """Judge the checkpoints of a run that have not been yet, oldest first, until that of its last step is."""
+    from megnorm.checkpoint import folder, io
+    from megnorm.infer.evaluate import RESULTS, done_steps
+
+    out = args.out or args.source / RESULTS
+    while True:
+        done = done_steps(out)
+        for path in folder.steps(args.source / "checkpoints"):
+            if not folder.is_complete(path):  # being deleted by the run: it keeps the newest ones
+                continue
+            meta: dict[str, Any] = io.read_meta(path)
+            if meta["step"] not in done:
+                _judge(args, path, texts)
+            if meta["step"] >= meta["config"]["train"]["steps"]:
+                return 0
+        time.sleep(args.follow)

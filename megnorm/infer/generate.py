@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megnorm.hf import custom
+from megnorm.hf.families.rope import longest_input
 from megnorm.hf.native import read_native
 from megnorm.hf.tokenizer import load_tokenizer
 
@@ -132,8 +133,8 @@ def _check(prompts: Sequence[Sequence[int]], config: Any, sampling: Sampling) ->
         wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
         if wrong:
             raise ValueError(f"token {wrong[0]} is outside the vocabulary of {config.vocab_size} tokens")
-    length, longest = max(map(len, prompts)) + sampling.max_new_tokens, config.max_position_embeddings
-    if length > longest:
+    length, longest = max(map(len, prompts)) + sampling.max_new_tokens, longest_input(config)
+    if longest is not None and length > longest:
         raise ValueError(
             f"prompt and new tokens make {length} positions and the model takes {longest}; ask for fewer new tokens"
         )

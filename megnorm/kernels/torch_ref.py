@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megnorm.kernels.registry import Need, offer
+from megnorm.kernels.registry import FEATURES, Need, Scores, offer
 
 Reduce = Callable[[Tensor], Tensor]
 Params = Mapping[str, Tensor]
@@ -20,7 +21,8 @@ class NormArgs:
 
     n: features it normalizes over, on all ranks. reduce: sums a statistic over the ranks that share them, and is
     differentiable (its gradient is the same sum). share: what this rank's sum counts (1 / replicas of its features).
-    cast_first: an RMSNorm casts to the input's dtype before its gain, not after.
+    cast_first: an RMSNorm casts to the input's dtype before its gain, not after. scale: a constant factor on the norm's
+    output, which operations apply that hold more than the norm; after a plain norm its layer does.
     """
 
     eps: float
@@ -28,6 +30,7 @@ class NormArgs:
     cast_first: bool
     share: float
     reduce: Reduce
+    scale: float = 1.0
 
 
 def _serves_all(need: Need) -> None:
@@ -111,8 +114,9 @@ def _length(x: Tensor, args: NormArgs) -> Tensor:
 
 
 @offer("norm", "torch", 0, _serves_all)
+@offer("sharded_norm", "torch", 0, _serves_all)
 def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
-    """fn(x, params, args) -> like x, for a norm kind.
+    """fn(x, params, args) -> like x, for a norm kind; ``need.sharded`` where statistics cross ranks.
 
     x [..., n / ranks] (or [..., heads, hd]); params: weight, bias, alpha, shift, beta by name, those the kind has.
     """
@@ -134,12 +138,12 @@ def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
 
     def unit(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
-        factor = float(args.n) ** 0.5 if need.kind == "scalenorm" else 1.0
+        factor = float(args.n) ** 0.5 if need.norm.kind == "scalenorm" else 1.0
         return _affine((x32 * (factor / _length(x32, args))).to(x.dtype), p)
 
     def pointwise(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         inside = p["alpha"] * x
-        return _affine(torch.tanh(inside) if need.kind == "dyt" else torch.erf(inside + p["shift"]), p)
+        return _affine(torch.tanh(inside) if need.norm.kind == "dyt" else torch.erf(inside + p["shift"]), p)
 
     def seednorm(x: Tensor, p: Params, args: NormArgs) -> Tensor:
         x32 = x.to(wide(x))
@@ -148,7 +152,7 @@ def make_norm(need: Need) -> Callable[[Tensor, Params, NormArgs], Tensor]:
         return ((p["alpha"] * gate + p["weight"]) * (x32 * rms)).to(x.dtype)
 
     made = {"layernorm": layernorm, "rmsnorm": rmsnorm, "l2": unit, "scalenorm": unit, "dyt": pointwise}
-    return {**made, "derf": pointwise, "seednorm": seednorm}[need.kind]
+    return {**made, "derf": pointwise, "seednorm": seednorm}[need.norm.kind]
 
 
 def _affine(y: Tensor, p: Params) -> Tensor:
@@ -156,47 +160,146 @@ def _affine(y: Tensor, p: Params) -> Tensor:
     return (out + p["bias"] if "bias" in p else out).to(y.dtype)
 
 
-@offer("attention", "torch", 0, _serves_all)
-def make_attention(need: Need) -> Callable[..., Tensor]:
-    """fn(q [s, b, h, hd], k, v [s, b, kv, hd], *, mask, documents, dropout) -> [s, b, h, hd], causal.
+def _refuse_scores(need: Need) -> str | None:
+    if not need.causal and (need.scores.window is not None or need.scores.alibi):
+        return "looks back alone through a window and with linear biases (model.attention.window, model.positions)"
+    return "adds no bias to scores of packed documents" if need.biased and need.packed else None
 
-    mask [b, 1, s, s]: True may look (causality included); None: causal. documents: lengths of packed documents, b = 1.
+
+@offer("attention", "torch", 0, _refuse_scores, FEATURES)
+def make_attention(need: Need) -> Callable[..., Tensor]:
+    """fn(q [s, b, h, hd], k, v [s', b, kv, hd], *, mask, documents, dropout, causal, bias) -> [s, b, h, hd].
+
+    mask [b, 1, s|1, s']: True may look (causality included); None: causal, or everywhere. documents: lengths of packed
+    documents, b = 1. bias [1, h, s, s']: added to the scores, behind a cap.
     """
+    slopes = torch.tensor(need.scores.alibi, dtype=torch.float64, device=need.device) if need.scores.alibi else None
+    softmax = partial(_softmax_attention, need.scores, slopes)
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        documents: tuple[int, ...] | None,
+        dropout: float,
+        causal: bool = True,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        if documents is not None:
-            parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
-            return torch.cat([_softmax_attention(*part, None, dropout) for part in parts])
-        return _softmax_attention(q, k, v, mask, dropout)
+        if documents is None:
+            return softmax(q, k, v, mask, bias, dropout, causal)
+        assert bias is None, "refused when the layer was built"
+        parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
+        return torch.cat([softmax(*part, None, None, dropout, causal) for part in parts])
 
     return attention
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _softmax_attention(
+    scores: Scores,
+    slopes: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    causal: bool,
+) -> Tensor:
+    s = len(q)
+    if scores.window is not None and scores.window < s:
+        mask = _within(scores.window, s, mask, q.device)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    if slopes is not None:
+        distances = _distances(slopes, s, wide(q))
+        bias = distances if bias is None else bias + distances
+    if causal and mask is None and (bias is not None or scores.softcap is not None):
+        mask = _causal(s, q.device)
+    if bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    if mask is not None and mask.is_floating_point() and mask.device.type != "cpu":
+        mask = mask.to(q.dtype)  # PyTorch's kernels there refuse a bias in another dtype, or misread it
+    if scores.softcap is not None:
+        return _capped_attention(scores.softcap, scores.scale, q, k, v, mask, dropout).permute(2, 0, 1, 3)
     out = F.scaled_dot_product_attention(
-        q.permute(1, 2, 0, 3),
-        k.permute(1, 2, 0, 3),
-        v.permute(1, 2, 0, 3),
+        q,
+        k,
+        v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
+        is_causal=causal and mask is None,
+        scale=scores.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.permute(2, 0, 1, 3)
 
 
+def _capped_attention(
+    cap: float, scale: float | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """q [b, h, s, hd], k, v [b, kv, s', hd] -> [b, h, s, hd]. mask: True may look, or what is added to capped scores."""
+    scale, groups = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    z = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))
+    if mask is not None:
+        z = z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask
+    return F.dropout(z.softmax(-1, dtype=wide(q)).to(q.dtype), dropout) @ v
+
+
+def _causal(s: int, device: torch.device) -> Tensor:
+    return torch.ones(s, s, dtype=torch.bool, device=device).tril()
+
+
+def _within(window: int, s: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """The mask (None: causal) without what lies further back than a window; a row that sees nothing sees itself."""
+    band = _causal(s, device).triu(1 - window)
+    if mask is None:
+        return band
+    near = mask & band
+    return near | (~near.any(-1, keepdim=True) & torch.eye(s, dtype=torch.bool, device=device))
+
+
+def _distances(slopes: Tensor, s: int, dtype: torch.dtype) -> Tensor:
+    """-slope * distance to the left: [1, h, s, s]."""
+    place = torch.arange(s, dtype=slopes.dtype, device=slopes.device)
+    return (slopes[:, None, None] * (place - place[:, None])).to(dtype)[None]
+
+
+def _refuse_quantized(need: Need) -> str | None:
+    return "multiplies in the dtype of activations" if need.quantize else None
+
+
+@offer("linear", "torch", 0, _refuse_quantized)
+def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """fn(x [..., in], weight [out, in], bias [out] or None) -> [..., out]."""
+    return F.linear
+
+
+@offer("adamw", "torch", 0, _serves_all)
+def make_adamw(need: Need) -> Callable[..., torch.optim.Optimizer]:
+    """fn(groups, *, lr, betas, eps) -> an optimizer with decoupled decay; state of a parameter: exp_avg, exp_avg_sq.
+
+    How many updates the moments have seen is "step": a tensor in each parameter's state here, an int in each group elsewhere.
+    """
+
+    def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    return adamw
+
+
 @offer("activation", "torch", 0, _serves_all)
-def make_activation(need: Need) -> Callable[[Tensor], Tensor]:
-    """fn(x) -> like x, by name."""
-    return {
+def make_activation(need: Need) -> Callable[..., Tensor]:
+    """fn(x) -> act(x) by name; gated: fn(gate, up) -> act(gate) * up."""
+    act: Callable[[Tensor], Tensor] = {
         "gelu": F.gelu,
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
         "relu_squared": lambda x: F.relu(x).square(),
         "silu": F.silu,
     }[need.kind]
+    return (lambda gate, up: act(gate) * up) if need.gated else act
 
 
 @offer("rope", "torch", 0, _serves_all)

@@ -6,9 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megnorm.kernels.registry import Scores
+from megnorm.layers import fused
 from megnorm.layers.env import Context, Env
 from megnorm.layers.linear import ColumnParallelLinear, Out, RowParallelLinear, Share
-from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.norm import NormLayer, norm_or_identity
+from megnorm.layers.rope import alibi_slopes
 from megnorm.layers.sublayer import SubLayer
 from megnorm.models.config import ModelConfig
 from megnorm.norms import scheme
@@ -19,29 +22,47 @@ class SelfAttention(SubLayer):
     """Multi-head attention with grouped key/value heads: [s, b, d] -> [s, b, d].
 
     q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
+    window: how many tokens a token sees, itself included; None: all before it.
     """
 
-    def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str) -> None:
+    def __init__(
+        self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str, window: int | None = None
+    ) -> None:
         super().__init__(spec, cfg.width, cfg.dropout, env, name)
         h, kv, hd = cfg.heads, cfg.kv, cfg.hd
         self.hd = hd
         self.qkv = ColumnParallelLinear(
-            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.bias
+            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.biased_qkv
         )
         self.q_norm = norm_or_identity(spec.q, "q", h, hd, env)
         self.k_norm = norm_or_identity(spec.k, "k", kv, hd, env)
         self.v_norm = norm_or_identity(spec.v, "v", kv, hd, env)
         self.context_norm = norm_or_identity(spec.context, "context", h, hd, env)
-        self.o = RowParallelLinear(h * hd, cfg.width, "o", env, bias=cfg.bias)
+        self.o = RowParallelLinear(h * hd, cfg.width, "o", env, bias=cfg.biased_o)
         self.scale_place = spec.head_scale
         if spec.head_scale is not None:
             self.head_scale = parameter(*_head_scale(spec.head_scale, h, env))
+            slices = len(self.head_scale)
+            features = hd if spec.head_scale == "pre_projection" else cfg.width // h
+            self.scale_heads = env.kernel("head_scale", heads=slices, head_dim=features)
         self.attention_dropout, self.rng, self.core_name = cfg.attention_dropout, env.rng, f"{name}.core"
-        self.attend = env.kernel("attention", head_dim=hd, dropout=cfg.attention_dropout > 0)
-        self.rope = env.kernel("rope")
+        local = {"heads": Share.of(h, env.mesh).count, "kv_heads": Share.of(kv, env.mesh).count, "head_dim": hd}
+        self.windowed = window is not None
+        self.attend = env.kernel(
+            "attention",
+            mask=cfg.padding_id is not None,
+            packed=env.packed,
+            dropout=cfg.attention_dropout > 0,
+            scores=score_features(cfg, env, window),
+            **local,
+        )
+        self.rope = env.kernel("rope", head_dim=hd)
+        self.entry = fused.entry(self, self.qkv, env)
+        self.prepare = fused.heads((self.q_norm, self.k_norm, self.v_norm), env, **local)
 
-    def body(self, u: Tensor, context: Context) -> Tensor:
-        y = self.recompute("attention", partial(self._core, context=context), *self.qkv(u))
+    def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(u) if h is None else h.split(self.qkv.sizes, dim=-1)
+        y = self.recompute("attention", partial(self._core, context=context), *qkv)
         y = self.recompute("projections", self.o, y)
         if self.scale_place == "post_projection":
             y = self.recompute("norms", self._scale_slices, y)
@@ -49,22 +70,40 @@ class SelfAttention(SubLayer):
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """All between the two GEMMs: q [s, b, h hd / tp], k, v [s, b, kv hd / tp] -> [s, b, h hd / tp]."""
-        q = self.q_norm(q).unflatten(-1, (-1, self.hd))
-        k = self.k_norm(k).unflatten(-1, (-1, self.hd))
-        v = self.v_norm(v).unflatten(-1, (-1, self.hd))
-        if context.rope is not None:
-            q, k = self.rope(q, *context.rope), self.rope(k, *context.rope)
+        q, k, v = self._normalize_and_rotate(q, k, v, context.window_rope if self.windowed else context.rope)
         # W_o's GEMM would make a contiguous copy of its own, which it would save beside this tensor.
         y = self.context_norm(self._attend(q, k, v, context).flatten(2).contiguous())
         return self.recompute("norms", self._scale_slices, y) if self.scale_place == "pre_projection" else y
 
+    def _normalize_and_rotate(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q [s, b, h / tp, hd], k, v [s, b, kv / tp, hd]."""
+        norms = (self.q_norm, self.k_norm, self.v_norm)
+        if self.prepare is not None and not fused.watched(*norms):
+            q, k, v = (x.unflatten(-1, (-1, self.hd)) for x in (q, k, v))
+            given = (
+                norm.given(x) if isinstance(norm, NormLayer) else None for norm, x in zip(norms, (q, k, v), strict=True)
+            )
+            q, k, v = self.prepare(q, k, v, tuple(given), rope)
+            return q, k, v
+        q, k, v = (norm(x).unflatten(-1, (-1, self.hd)) for norm, x in zip(norms, (q, k, v), strict=True))
+        return (q, k, v) if rope is None else (self.rope(q, *rope), self.rope(k, *rope), v)
+
     def _scale_slices(self, y: Tensor) -> Tensor:
-        return (y.unflatten(-1, (len(self.head_scale), -1)) * self.head_scale[:, None]).flatten(2)
+        return self.scale_heads(y, self.head_scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         p = self.attention_dropout if self.training else 0.0
         with self.rng.as_default(self.core_name, local=True) if p > 0.0 else nullcontext():
             return self.attend(q, k, v, mask=context.mask, documents=context.documents, dropout=p)
+
+
+def score_features(cfg: ModelConfig, env: Env, window: int | None) -> Scores:
+    """What attention asks of its kernel, for the query heads of this rank."""
+    share = Share.of(cfg.heads, env.mesh)
+    slopes = alibi_slopes(cfg.heads)[share.first : share.first + share.count] if cfg.positions == "alibi" else ()
+    return Scores(cfg.attention.scale, cfg.attention.softcap, window, slopes)
 
 
 def _head_scale(place: str, heads: int, env: Env) -> tuple[Tensor, Layout]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -112,11 +113,11 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """[s, b, d] -> this rank's logits [s, b, padded v / tp]. tied: the token embedding's weight, else an own one."""
+    """[s, b, d] -> this rank's logits [s, b, padded v / tp], scaled and capped. tied: the token embedding's weight, or None."""
 
     def __init__(self, cfg: ModelConfig, padded_vocab: int, env: Env, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.mesh = env.mesh
+        self.mesh, self.scale, self.cap = env.mesh, cfg.logit_scale, cfg.logit_softcap
         matrix, rows = vocabulary_matrix("head", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
         self.first, self.logical = matrix.offset[0], matrix.local[0]
         self.weight = parameter(env.full((rows, cfg.width), 0.0), Layout((matrix,))) if tied is None else tied
@@ -128,7 +129,9 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tp = self.mesh.tp
         x = gather_sequence(x, tp) if self.mesh.sequence_parallel else copy_to(x, tp)
-        return F.linear(x, self.weight, self.bias)
+        z = F.linear(x, self.weight, self.bias)
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
 
 def full_logits(local: Tensor, head: Head, vocab_size: int) -> Tensor:

@@ -4,7 +4,7 @@ Shapes are [s, b, features]; with sequence parallelism inputs of a column layer 
 [s/tp, b, d], and the layers gather and scatter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megnorm.kernels.registry import Keeper
 from megnorm.layers.env import Env
-from megnorm.parallel.collectives import all_gather, copy_to, reduce_scatter, scatter_sequence, sum_from
+from megnorm.layers.recompute import running
+from megnorm.parallel.collectives import (
+    all_gather,
+    copy_to,
+    gather_sequence,
+    reduce_scatter,
+    scatter_sequence,
+    sum_from,
+)
 from megnorm.parallel.layout import Layout, Matrix, parameter
 from megnorm.parallel.mesh import Axis, Mesh
 
@@ -91,15 +100,28 @@ class ColumnParallelLinear(nn.Module):
         self.sizes = [matrix.local[0] for matrix in weights]
         self.weight = parameter(env.empty(start, d_in), Layout(tuple(weights)))
         self.bias = parameter(env.full((start,), 0.0), Layout(tuple(biases))) if bias else None
+        self.product = _product(d_in, start, bias, env)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.linear(x).split(self.sizes, dim=-1)
 
     def linear(self, x: Tensor) -> Tensor:
         """All outputs side by side: [s, b, sum of local rows]."""
+        if self.product is not None:
+            full = gather_sequence(x, self.mesh.tp) if self.mesh.sequence_parallel else copy_to(x, self.mesh.tp)
+            y: Tensor = self.product(full, self.weight, self.bias)
+            return y
         if self.mesh.sequence_parallel:
             return _GatherLinear.apply(x, self.weight, self.bias, self.mesh.tp, self.mesh.keep_gathered)
         return F.linear(copy_to(x, self.mesh.tp), self.weight, self.bias)
+
+
+def _product(inside: int, outside: int, biased: bool, env: Env) -> Callable[..., Any] | None:
+    """What multiplies this rank's features in place of F.linear; None: F.linear itself."""
+    product = env.fused("linear", features=(inside, outside), biased=biased, tokens=env.tokens, quantize=env.quantize)
+    if isinstance(product, Keeper):
+        product.unit = running
+    return product
 
 
 class RowParallelLinear(nn.Module):
@@ -115,10 +137,11 @@ class RowParallelLinear(nn.Module):
             (d_out,), "bias", grad_sum="tp" if env.mesh.sequence_parallel else None, owner=tp.rank == 0
         )
         self.bias = parameter(env.full((d_out,), 0.0), whole) if bias else None
+        self.product = _product(local, d_out, bias and tp.size == 1, env) or F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mesh.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)
+            return self.product(x, self.weight, self.bias)
+        y = self.product(x, self.weight, None)
         y = scatter_sequence(y, self.mesh.tp) if self.mesh.sequence_parallel else sum_from(y, self.mesh.tp)
         return y if self.bias is None else y + self.bias

@@ -1,13 +1,15 @@
 """Cross entropy over a vocabulary split across tp ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megnorm.kernels.registry import Need, offer
 from megnorm.kernels.torch_ref import wide
+from megnorm.layers.env import Env
 from megnorm.parallel.collectives import all_reduce
 from megnorm.parallel.mesh import Axis
 
@@ -66,3 +68,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, first: int, logical: int, axis
     """
     flat = _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), first, logical, axis)
     return flat.view(labels.shape)
+
+
+# The reference of the operation lies here and not in kernels/, which know no collectives.
+@offer("cross_entropy", "torch", 0, lambda need: None)
+def make_cross_entropy(need: Need) -> Callable[[Tensor, Tensor, int, int, Axis], Tensor]:
+    return cross_entropy
+
+
+def token_loss(env: Env) -> Callable[[Tensor, Tensor, int, int, Axis], Tensor]:
+    """The implementation of ``cross_entropy`` that serves an environment."""
+    return env.kernel("cross_entropy")

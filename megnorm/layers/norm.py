@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from megnorm.kernels.registry import NormForm
 from megnorm.kernels.torch_ref import NormArgs
 from megnorm.layers.env import Env
 from megnorm.layers.linear import Share
@@ -44,9 +45,12 @@ class NormLayer(nn.Module):
         for name, form, value in parameters_of(norm):
             setattr(self, name, parameter(*self._storage(form, value, env)))
         self.recompute = env.recompute
-        self.kernel = env.kernel("norm", kind=norm.kind, sharded=self.axis.size > 1)
+        self.form = _form(norm, width if norm.over == "head" else self.held.count * width, env.working)
+        sharded = self.axis.size > 1
+        self.kernel = env.kernel("sharded_norm" if sharded else "norm", norms=(self.form,), sharded=sharded)
         share = 1.0 / self.held.replicas if self.axis.size > 1 else 1.0
-        self.args = NormArgs(float(norm.eps or 0.0), self.n, norm.cast == "before_gain", share, self._reduce)
+        factor = float(norm.scale)  # type: ignore[arg-type]
+        self.args = NormArgs(float(norm.eps or 0.0), self.n, norm.cast == "before_gain", share, self._reduce, factor)
 
     def _storage(self, form: str, value: float, env: Env) -> tuple[Tensor, Layout]:
         """A parameter's initial storage on this rank, and its layout. form: see ``parameters_of``."""
@@ -86,6 +90,10 @@ class NormLayer(nn.Module):
         y = y if self.norm.scale == 1.0 else y * self.norm.scale
         return y.view(shape) if self.heads is not None else y
 
+    def given(self, x: Tensor) -> tuple[dict[str, Tensor], NormArgs]:
+        """What an operation that holds this norm is told, for x [..., features]."""
+        return self._params(x), self.args
+
     def _params(self, x: Tensor) -> dict[str, Tensor]:
         """The parameters as the kernel takes them: the gain as it is applied, one value per feature."""
         params: dict[str, Tensor] = {name: param for name, param in self._parameters.items() if param is not None}
@@ -115,6 +123,14 @@ def parameters_of(norm: Norm) -> list[tuple[str, str, float]]:
     if norm.kind == "seednorm":
         found += [("alpha", "vector", alpha), ("beta", "vector", 0.0)]
     return found
+
+
+def _form(norm: Norm, width: int, dtype: torch.dtype) -> NormForm:
+    """What a kernel must know of a norm. A scalar gain is expanded; 1 + w of low precision is kept in fp32."""
+    lowered = dtype in (torch.bfloat16, torch.float16)
+    gains = {"one_plus": "wide" if lowered else "vector", "per_head": "per_head", "none": "none"}
+    cast_first = norm.cast == "before_gain"
+    return NormForm(norm.kind or "", width, gains.get(norm.gain or "", "vector"), bool(norm.bias), cast_first)
 
 
 def norm_or_identity(norm: Norm | None, site: str, units: int, width: int, env: Env) -> nn.Module:

@@ -31,9 +31,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megnorm.parallel.rng import DropoutRng
 
 Function = Callable[..., Tensor]
+_running: list["_Unit"] = []  # innermost last
 
 # A unit of these modes is not run again for the sake of its statistics: tensors this many times smaller than its input.
 STATISTICS = {"norms": 8, "projections": 8}
+
+
+def running() -> object | None:
+    """The unit that runs now, for the first time or again: the same object both times."""
+    return _running[-1] if _running else None
 
 
 class Recompute:
@@ -119,10 +125,13 @@ class _Unit:
         # What lies inside is seen as a second graph saves it; that graph is then dropped.
         hooks = saved_tensors_hooks(_Collector(inside, stop=not views), _never)
         with self.rng.at(self.place), torch.set_grad_enabled(bool(inside)), hooks:
+            _running.append(self)
             try:
                 out = self.fn(*inputs)
             except _AllThere:
                 return
+            finally:
+                _running.pop()
         if any(one.value is None for one in inside.values()):
             raise RuntimeError(DIFFERS)
         for one in views:
@@ -185,10 +194,12 @@ class _Tape:
         self.kept, self.count = {_address(x) for x in inputs}, -1
         self.small = inputs[0].numel() // STATISTICS[mode] if mode in STATISTICS else 0
         self.unit = unit
+        _running.append(unit)
         try:
             out = fn(*inputs)
         finally:
             self.unit = None
+            _running.pop()
         # A block's output is kept: else every block would be computed again from the first one's input.
         if mode != "block" and _address(out) not in self.kept:
             self.outputs[_address(out)] = _Output(unit, out.dtype, StorageWeakRef(out.untyped_storage()))

@@ -5,17 +5,86 @@ import math
 import torch
 from torch import Tensor
 
+from megnorm.models.config import ModelConfig, RopeScaling
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Table = tuple[Tensor, Tensor]
+"""cos and sin, each [s, 1|b, 1, hd/2]."""
+
+
+def rotations(cfg: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Table | None, Table | None]:
+    """The tables of full layers and of layers with a window, for positions [s] or [s, b] (below 0: padding)."""
+    if cfg.positions != "rotary":
+        return None, None
+    where, local = positions.clamp_min(0), cfg.attention.window_rope_theta
+    full = rope_table(where, cfg.hd, cfg.rope_theta, dtype, cfg.rope_scaling, cfg.max_positions)
+    return full, full if local is None else rope_table(where, cfg.hd, local, dtype)
+
+
+def rope_table(
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
+    longest: int = 0,
+) -> Table:
     """cos and sin of positions [s] or [s, b] -> each [s, 1, 1, hd/2] or [s, b, 1, hd/2] (arXiv:2104.09864).
 
     Angles are computed in fp32 as Hugging Face's models do (fp64 for fp64 models) and rounded to ``dtype``.
+    longest: of the positions that the model takes, which scaling starts from if it names none.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, head_dim, 2, dtype=wide, device=positions.device) / head_dim
-    angles = positions.to(wide)[..., None] * (1.0 / theta**exponent)
+    if scaling is None or scaling.kind == "none":
+        steps, factor = 1.0 / theta**exponent, 1.0
+    else:
+        steps, factor = _scaled(exponent, head_dim, theta, scaling, scaling.original or longest, positions)
+    angles = positions.to(wide)[..., None] * steps
     shape = (positions.shape[0], positions.shape[1] if positions.dim() == 2 else 1, 1, head_dim // 2)
-    return angles.cos().view(shape).to(dtype), angles.sin().view(shape).to(dtype)
+    cos, sin = angles.cos().view(shape), angles.sin().view(shape)
+    return (cos * factor).to(dtype), (sin * factor).to(dtype)
+
+
+def _scaled(
+    exponent: Tensor, head_dim: int, theta: float, scaling: RopeScaling, original: int, positions: Tensor
+) -> tuple[Tensor, float]:
+    """The angle that each pair of features turns by in one position, [hd/2], and the factor on cos and sin."""
+    steps = 1.0 / theta**exponent
+    if scaling.kind == "linear":
+        return steps / scaling.factor, 1.0
+    if scaling.kind == "dynamic":
+        length = (positions.max() + 1).clamp_min(original).to(exponent.dtype)  # as a tensor: a device is not waited for
+        stretch = scaling.factor * length / original - (scaling.factor - 1.0)
+        return 1.0 / (theta * stretch ** (head_dim / (head_dim - 2))) ** exponent, 1.0
+    if scaling.kind == "llama3":
+        turns = original * steps / (2.0 * math.pi)
+        kept = ((turns - scaling.low_freq) / (scaling.high_freq - scaling.low_freq)).clamp(0.0, 1.0)
+        return steps / scaling.factor * (1.0 - kept) + steps * kept, 1.0
+    low, high = (_feature(turns, head_dim, theta, original) for turns in (scaling.beta_fast, scaling.beta_slow))
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=exponent.dtype, device=exponent.device)
+    kept = 1.0 - ((pairs - low) / (high - low if high != low else 0.001)).clamp(0.0, 1.0)
+    factor = scaling.attention_factor
+    return steps / scaling.factor * (1.0 - kept) + steps * kept, (
+        0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
+    )
+
+
+def _feature(turns: float, head_dim: int, theta: float, length: int) -> float:
+    """The pair of features that turns this often over ``length`` positions."""
+    return head_dim * math.log(length / (turns * 2.0 * math.pi)) / (2.0 * math.log(theta))
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """The slope of each head (arXiv:2108.12409): 2^(-8 i / n), and for n no power of two, every second of the next power's."""
+
+    def powers(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
+
+    below = 1 << (heads.bit_length() - 1)
+    return tuple((powers(below) + powers(2 * below)[::2])[:heads])
 
 
 def sinusoid_table(rows: int, width: int, first: int = 2) -> Tensor:

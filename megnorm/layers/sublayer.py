@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from megnorm.layers import fused
 from megnorm.layers.env import Context, Env
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.residual import residual_rule
@@ -42,14 +43,42 @@ class SubLayer(nn.Module):
         self.residual = residual_rule(spec.residual, width, env)
         self.recompute = env.recompute
         self.dropout = Dropout(dropout, env, name, local=env.mesh.sequence_parallel)
+        self.join = fused.join(self, dropout, env)
+        self.entry: fused.Entry | None = None  # a sub-layer that begins with a product may have one
 
-    def body(self, u: Tensor, context: Context) -> Tensor:
-        """The branch F: [s, b, d] -> [s, b, d]. Abstract: every kind of sub-layer has its own."""
+    def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
+        """The branch F: [s, b, d] -> [s, b, d]. Abstract: every kind of sub-layer has its own.
+
+        h: the first product, of all its outputs, where it is there already (``entry``).
+        """
         raise NotImplementedError
 
-    def forward(self, stream: Tensor, context: Context, *, layer_input: Tensor, read: Tensor | None = None) -> Tensor:
-        """layer_input: the stream at the start of the layer. read: what F reads; None: the stream itself."""
-        x = stream if read is None else read
-        u = self.input_norm(x)
-        y = self.dropout(self.output_norm(self.body(u, context)))
+    def branch(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x [s, b, d] -> u = input(x), as the residual may want it, and F(u)."""
+        if self.entry is None or self.entry.watched():
+            u = self.input_norm(x)
+            return u, self.body(u, context)
+        h, u = self.entry(x)
+        return u, self.body(u, context, h)
+
+    def forward(
+        self,
+        stream: Tensor,
+        context: Context,
+        *,
+        layer_input: Tensor,
+        read: Tensor | None = None,
+        u: Tensor | None = None,
+    ) -> Tensor:
+        """layer_input: the stream at the start of the layer. read: what F reads; None: the stream itself.
+
+        u: the input norm's output, where it is there already.
+        """
+        if u is None:
+            u, y = self.branch(stream if read is None else read, context)
+        else:
+            y = self.body(u, context)
+        if self.join is not None and not self.join.watched(self):
+            return self.join(self, stream, u, y)
+        y = self.dropout(self.output_norm(y))
         return self.post_norm(self.residual(stream, u, y, layer_input))

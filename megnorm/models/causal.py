@@ -10,9 +10,9 @@ from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
-from megnorm.layers.loss import cross_entropy
+from megnorm.layers.loss import token_loss
 from megnorm.layers.norm import norm_or_identity
-from megnorm.layers.rope import rope_table, token_positions
+from megnorm.layers.rope import rotations, token_positions
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import padded_vocabulary
 from megnorm.norms.resolve import Resolved, resolve
@@ -53,10 +53,13 @@ class CausalLM(nn.Module):
         elif self.last and cfg.tied_head:
             token = TokenEmbedding(cfg, padded_vocab, env, shared=True, copy=True)
             self.add_module("embed", nn.ModuleDict({"token": token}))  # under the name of the first stage's
-        self.blocks = nn.ModuleDict({str(i): Block(resolved.layers[i], cfg, env, i) for i in range(begin, end)})
+        self.blocks = nn.ModuleDict(
+            {str(i): Block(resolved.layers[i], cfg, env.block(i, cfg.layers), i) for i in range(begin, end)}
+        )
         if self.last:
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
             self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)
+            self.token_loss = token_loss(env)
 
     def units(self) -> list[nn.Module]:
         """The parts that forward calls, in order."""
@@ -84,10 +87,8 @@ class CausalLM(nn.Module):
         """
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
         x = self.embed(tokens, where) if carry is None else carry
-        rope = None
-        if self.cfg.positions == "rotary":
-            rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
-        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
+        rope, window_rope = rotations(self.cfg, where, x.dtype)
+        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents, window_rope)
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.last else x
 
@@ -97,7 +98,7 @@ class CausalLM(nn.Module):
         if not self.last:
             return x
         logits = self.head(x)
-        losses = cross_entropy(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
+        losses = self.token_loss(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
         return (losses * batch.loss_mask).sum()
 
     @torch.no_grad()

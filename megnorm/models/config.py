@@ -27,16 +27,84 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions stretched beyond the length that a model was first trained for; names and meanings of transformers.
+
+    kind: linear divides positions by factor; dynamic (NTK) enlarges theta where a row is longer than original; yarn and
+    llama3 divide by factor only what turns slowly, between beta_fast and beta_slow turns, or low_freq and high_freq, over
+    original. original: positions of the first training; None: model.max_positions.
+    attention_factor: yarn's factor on cos and sin; None: 0.1 ln(factor) + 1. truncate: yarn's bounds are whole features.
+    """
+
+    kind: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+
+    def __post_init__(self) -> None:
+        _refuse(not self.factor >= 1.0, f"model.rope_scaling.factor is {self.factor}; it must be at least 1")
+        _refuse(self.original is not None and self.original < 1, "model.rope_scaling.original must be at least 1")
+        idle = self.kind == "none" and (self.factor != 1.0 or self.original is not None)
+        _refuse(idle, "model.rope_scaling says how far but not how; set its kind")
+        if self.kind == "llama3":
+            low, high = self.low_freq, self.high_freq
+            _refuse(
+                not high > low > 0.0,
+                f"model.rope_scaling.high_freq={high} must be above low_freq={low}, and that above 0",
+            )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What happens to attention scores beside causality.
+
+    scale: factor on q k; None: 1 / sqrt(head_dim). softcap: c in c tanh(score / c), before masks.
+    window: how many tokens a token sees, itself included. window_layers: the layers that have it, repeated over depth, as
+    ["window", "full"]. window_rope_theta: rotary base of these layers, then without rope_scaling; None: as the others.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    window_layers: tuple[Literal["window", "full"], ...] = ("window",)
+    window_rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "softcap", "window", "window_rope_theta"):
+            value = getattr(self, name)
+            _refuse(value is not None and not value > 0, f"model.attention.{name} is {value}; it must be above 0")
+        _refuse("window" not in self.window_layers, "model.attention.window_layers names no layer 'window'; add one")
+        alone = self.window is None and (self.window_layers != ("window",) or self.window_rope_theta is not None)
+        _refuse(alone, "model.attention.window is missing; window_layers and window_rope_theta need it")
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, counted from 0; None: it sees all before it."""
+        return self.window if self.window_layers[layer % len(self.window_layers)] == "window" else None
+
+
+def _refuse(wrong: bool, sentence: str) -> None:
+    if wrong:
+        raise ValueError(sentence)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A transformer. Letters: d = width, h = heads, kv = kv_heads, hd = head_dim, f = ffn, v = vocab_size.
 
     kv_heads None: heads. head_dim None: width // heads. ffn: width of the FFN (of each half where gated).
     max_positions: rows of the learned position table, and the longest sequence the model takes.
-    positions: "rotary" turns halves (Llama); "sinusoidal" is fairseq's table; with padding_id set, learned and sinusoidal
-    positions count real tokens only and padding gets none, and attention does not look at padding.
-    embedding_scale: factor on token embeddings, a number or "sqrt_width". tied_head: head = token embedding.
-    bias: on every linear layer of the blocks; head_bias: on the head. vocab_size is logical: storage is padded for speed
-    and tensor parallelism, and the padding never shows. parallel_block: x + A(..) + F(..), both branches reading x.
+    positions: "rotary" turns halves (Llama); "sinusoidal" is fairseq's table; "alibi" lowers scores by slope * distance. With
+    padding_id set, learned and sinusoidal positions count real tokens only and padding gets none, and attention does not
+    look at padding. embedding_scale: factor on token embeddings, a number or "sqrt_width". tied_head: head = token embedding.
+    logit_scale: factor on logits; logit_softcap: c in c tanh(logit / c), after it.
+    bias: on every linear layer of the blocks; qkv_bias, o_bias: on q, k, v and on W_o alone (None: as bias); head_bias: on
+    the head. vocab_size is logical: storage is padded for speed and tensor parallelism, and the padding never shows.
+    parallel_block: x + A(..) + F(..), both branches reading x.
     """
 
     family: Literal["causal"] = "causal"
@@ -51,18 +119,36 @@ class ModelConfig:
     activation: Literal[
         "gelu", "gelu_tanh", "relu", "relu_squared", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"
     ] = "swiglu"
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "rotary"
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "rotary"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     padding_id: int | None = None
     embedding_scale: float | Literal["sqrt_width"] = 1.0
     tied_head: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     bias: bool = False
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
     head_bias: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
     parallel_block: bool = False
     norm: NormConfig = field(default_factory=NormConfig)
     init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        cap, scaling, rotary = self.logit_softcap, self.rope_scaling.kind, self.positions == "rotary"
+        _refuse(cap is not None and not cap > 0, f"model.logit_softcap is {cap}; it must be above 0, or null")
+        needs = f"is for rotary positions, but model.positions={self.positions}; drop it"
+        _refuse(not rotary and scaling != "none", f"model.rope_scaling.kind={scaling} {needs}")
+        local = self.attention.window_rope_theta is not None
+        _refuse(not rotary and local, f"model.attention.window_rope_theta {needs}")
+        narrow = scaling == "dynamic" and self.hd < 4
+        _refuse(narrow, f"model.rope_scaling.kind=dynamic needs a head_dim of 4 or more, not {self.hd}")
+        padded = self.positions == "alibi" and self.padding_id is not None
+        _refuse(padded, "model.positions=alibi counts padding in its distances; set model.padding_id=null")
 
     @property
     def hd(self) -> int:
@@ -71,6 +157,14 @@ class ModelConfig:
     @property
     def kv(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def biased_qkv(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def biased_o(self) -> bool:
+        return self.bias if self.o_bias is None else self.o_bias
 
     @property
     def gated(self) -> bool:

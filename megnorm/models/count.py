@@ -35,7 +35,7 @@ def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:
     for layer in resolved.layers:
         for role, rows, columns in (("q", h * hd, d), ("k", kv * hd, d), ("v", kv * hd, d), ("o", d, h * hd)):
             add(role, rows * columns)
-            add("bias", rows if m.bias else 0)
+            add("bias", rows if (m.biased_o if role == "o" else m.biased_qkv) else 0)
         for role in ("gate", "up") if m.gated else ("up",):
             add(role, m.ffn * d)
             add("bias", m.ffn if m.bias else 0)

@@ -1,7 +1,8 @@
 """What a step does to the pieces of logical matrices that a rank updates, and the state it keeps: AdamW, or Muon and AdamW."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,14 +22,26 @@ class State:
     tensor: Tensor
 
 
+fused_adamw = partial(torch.optim.AdamW, fused=True)
+
+
 class Optimizer:
-    """torch.optim.AdamW over the masters of ``pieces``; groups share weight decay and a factor on the rate.
+    """AdamW over the masters of ``pieces``; groups share weight decay and a factor on the rate.
 
     With ``optim.name=muon`` the matrices that Muon takes are its own. sharded: the pieces of the ranks of the dp axis
-    differ (ZeRO-1). Every rank of the mesh must build one.
+    differ (ZeRO-1). adamw: makes the optimizer (groups, lr, betas, eps), torch's or a library's of its form. Every rank of
+    the mesh must build one.
     """
 
-    def __init__(self, pieces: Sequence[Piece], config: OptimConfig, mesh: Mesh, *, sharded: bool) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        config: OptimConfig,
+        mesh: Mesh,
+        *,
+        sharded: bool,
+        adamw: Callable[..., torch.optim.Optimizer] = fused_adamw,
+    ) -> None:
         self.muon: Muon | None = None
         if config.name == "muon":
             matrices = [piece for piece in pieces if takes(piece.named.matrix)]
@@ -39,14 +52,13 @@ class Optimizer:
         for piece in self.pieces:
             role = piece.named.matrix.role
             groups.setdefault((config.decay_of(role), config.rate.get(role, 1.0)), []).append(piece.master)
-        self.adamw = torch.optim.AdamW(
+        self.adamw = adamw(
             # A rank of a very small model may have nothing to update; torch asks for a tensor all the same.
             [{"params": ps, "weight_decay": wd, "rate": rate} for (wd, rate), ps in groups.items()]
             or [{"params": [torch.zeros(0)], "rate": 1.0}],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
-            fused=True,
         )
         for piece in self.pieces:
             self.adamw.state[piece.master] = {
@@ -80,3 +92,5 @@ class Optimizer:
         """Tell AdamW how many updates its moments have seen (bias correction), after a load."""
         for piece in self.pieces:
             self.adamw.state[piece.master]["step"].fill_(float(count))
+        for group in self.adamw.param_groups:  # where a library counts
+            group["step"] = count

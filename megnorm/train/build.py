@@ -1,15 +1,18 @@
 """From a plan to a run: mesh, model, optimizer, data, all that a step touches."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from megnorm.checkpoint.saver import own_barrier
+from megnorm.config import RunConfig
 from megnorm.data.batch import Batch
 from megnorm.data.choose import open_split
 from megnorm.data.loader import Loader
+from megnorm.kernels import backends, registry
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
@@ -19,7 +22,7 @@ from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
 from megnorm.parallel.layout import Named, named_matrices
-from megnorm.parallel.mesh import Mesh, build_mesh
+from megnorm.parallel.mesh import Mesh, build_mesh, stage_axis
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan
@@ -40,7 +43,8 @@ class Run:
     """A training run as one rank holds it. step: updates done. consumed: samples used, over all ranks.
 
     stages: of this rank, by global index. named: their logical matrices. pipeline: runs them. flat: their weights and
-    gradients, and the pieces of them that it updates.
+    gradients, and the pieces of them that it updates. evaluators: called by every rank with the run and its held-out loss each
+    time that this is measured; what they give is logged.
     """
 
     plan: Plan
@@ -60,6 +64,7 @@ class Run:
     updates: int = 0
     barrier: Callable[[], None] = field(default=lambda: None)
     guard: Guard = field(default_factory=Guard)
+    evaluators: "list[Callable[[Run, float], Mapping[str, float]]]" = field(default_factory=list)
 
 
 def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -> Run:
@@ -74,6 +79,9 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         valid_data = open_data(plan, "valid") if config.train.eval_batches else None
     mesh = mesh_of(plan, device)
     stages, rng = build_stages(plan, mesh)
+    masters = torch.promote_types(DTYPES[config.train.precision], torch.float32)
+    adamw = backends.chosen(registry.Need("adamw", device.type, masters), config.kernels)[1]
+    _agree_on_kernels(mesh)
     flat = flatten(plan, mesh, stages)
     return Run(
         plan,
@@ -83,7 +91,7 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         Pipeline(stages, mesh),
         rng,
         flat,
-        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard),
+        Optimizer(flat.pieces, config.optim, mesh, sharded=flat.shard, adamw=adamw),
         LossScale(config.optim.loss_scale if config.train.precision == "fp16" else 1.0, config.optim.loss_scale_window),
         Observer(
             list(stages.values()),
@@ -98,6 +106,16 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         barrier=own_barrier(),
         guard=Guard(config.train.guard),
     )
+
+
+def _agree_on_kernels(mesh: Mesh) -> None:
+    """Every rank of an accelerator takes the same kernels. Raises ValueError: one rank's machine lacks a library."""
+    if mesh.device.type == "cpu":  # the reference alone
+        return
+    mine = {choice.need: choice.backend for choice in registry.report()}
+    for axis in (mesh.tp, mesh.dp, mesh.pp):
+        for other in gather_objects({str(need): backend for need, backend in mine.items()}, axis):
+            registry.check_agreement(mine, other)
 
 
 def mesh_of(plan: Plan, device: torch.device) -> Mesh:
@@ -119,7 +137,17 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
     recompute = Recompute(config.train.recompute, config.train.recompute_blocks)
-    env = Env(mesh, torch.promote_types(compute, torch.float32), config.kernels.prefer, rng, compute, recompute)
+    env = Env(
+        mesh,
+        torch.promote_types(compute, torch.float32),
+        config.kernels,
+        rng,
+        compute,
+        recompute,
+        packed=config.data.separate_documents,
+        tokens=config.train.micro_batch * config.train.sequence_length,
+        region=_region(config, mesh),
+    )
     stages = {
         index: build_model(
             config.model,
@@ -132,6 +160,10 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
         for index in own_stages(plan, mesh)
     }
     return stages, rng
+
+
+def _region(config: RunConfig, mesh: Mesh) -> Callable[[], AbstractContextManager[None]]:
+    return backends.delayed_region(stage_axis(mesh).group) if config.kernels.fp8 == "delayed" else nullcontext
 
 
 def own_stages(plan: Plan, mesh: Mesh) -> range:

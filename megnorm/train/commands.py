@@ -10,14 +10,16 @@ import torch
 
 from megnorm import config as configs
 from megnorm.hf.families.registry import choose
-from megnorm.kernels import backends, registry
+from megnorm.kernels import backends, check, libraries, registry
 from megnorm.parallel.schedule import simulate
 from megnorm.parallel.schedule_text import draw
 from megnorm.plan import Plan, make_plan
 from megnorm.train import dryrun
+from megnorm.train.build import DTYPES
 
 OPTIONAL = {
     "transformers": "export, generation (megnorm[hf])",
+    "lm_eval": "tasks in megnorm eval (megnorm[eval])",
     "tensorboard": "TensorBoard (megnorm[tensorboard])",
     "wandb": "Weights & Biases (megnorm[wandb])",
     "mpi4py": "ranks from mpirun (megnorm[mpi])",
@@ -95,6 +97,7 @@ def native_target(plan: Plan) -> str:
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "What this machine has, which optional packages are missing, which kernel serves what."
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of activations (default bf16)")
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -106,11 +109,27 @@ def run_doctor(args: argparse.Namespace) -> int:
         print("no CUDA device: everything runs on the CPU, ranks talk over gloo")
     for package, use in OPTIONAL.items():
         print(f"{package:<14} {_version(package):<12} {use}")
-    print(f"the reference of every op is {backends.REFERENCE}")
-    for op in registry.OPS:
-        served = ", ".join(f"{offer.backend} ({offer.priority})" for offer in registry.offers(op))
-        print(f"op {op:<14} {served}")
+    print("\n".join(["", *describe_kernels(args.dtype)]))
     return 0
+
+
+def describe_kernels(dtype: str) -> list[str]:
+    """The libraries of kernels, and for every operation what would serve it in ``dtype`` on this machine, and why not."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = ["kernels from"]
+    for library in libraries.known():
+        lines.append(f"  {library.name:<34} {library.version():<12} {library.missing() or 'serves'}")
+    lines.append(f"operations, {dtype} on {device} (an example of each; a run asks for its own sizes)")
+    for op, meaning in registry.OPS.items():
+        need = check.typical(op, device, DTYPES[dtype])
+        served = registry.choose(need, {})
+        lines.append(f"  {op:<14} {served.backend:<19} {meaning}")
+        for offer in registry.offers(op):
+            reason = offer.reason(need)
+            if offer is not served:
+                lines.append(f"  {'':<14}   {offer.backend:<17} {reason or 'if kernels.prefer asks for it'}")
+    lines.append(f"the reference of every operation is {backends.REFERENCE}")
+    return lines
 
 
 def _version(package: str) -> str:

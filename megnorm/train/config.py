@@ -113,9 +113,10 @@ class TrainConfig:
 
     global_batch: sequences a step, over all ranks and micro-batches; micro_batch: sequences a rank computes at a time.
     batch_ramp: fewer sequences a step in the beginning.
-    eval_batches: batches of global_batch in one evaluation; eval_every 0: only at the end. log_every: steps between
-    records. threads: CPU threads a rank; None: the node's cores shared among its ranks. seed: of weights, data order
-    and dropout. stop_after: leave after this many steps of this start (for time-limited queues); None: run to the end.
+    eval_batches: batches of global_batch in one evaluation; eval_every 0: only at the end; eval_units: held-out loss by byte
+    and word too, with data.tokenizer. log_every: steps between records. threads: CPU threads a rank; None: the node's cores
+    shared among its ranks. seed: of weights, data order and dropout. stop_after: leave after this many steps of this start
+    (for time-limited queues); None: run to the end.
     recompute: activations that are computed again in backward instead of kept (docs/memory.md): "block" (everything but
     each block's input), or any of "attention" (all between the GEMMs of attention), "norms" (outputs of norms and head
     scales), "activations" (of the FFN), "projections" (outputs of W_o and W_down where a norm or a learned factor reads
@@ -133,6 +134,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     eval_every: int = 0
     eval_batches: int = 8
+    eval_units: bool = False
     log_every: int = 1
     threads: int | None = None
     stop_after: int | None = None

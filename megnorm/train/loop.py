@@ -48,7 +48,7 @@ def fit(run: Run, saver: Saver, sinks: Sinks, watchdog: Watchdog, profile: Profi
         logs = run.step % t.log_every == 0 or ended
         values = pace.values(result) if logs or result.probes else {}
         if run.valid_data is not None and (run.step == t.steps or (t.eval_every and run.step % t.eval_every == 0)):
-            values |= {"valid_loss": evaluate(run), **({} if values else pace.values(result))}
+            values |= {**judged(run), **({} if values else pace.values(result))}
             pace.restart()
         if values:
             sinks.log(run.step, values)
@@ -61,6 +61,15 @@ def fit(run: Run, saver: Saver, sinks: Sinks, watchdog: Watchdog, profile: Profi
     with watchdog.patient("waiting for the last checkpoint"):
         saver.wait()
     return 0 if run.step == t.steps else EXIT_STOPPED
+
+
+def judged(run: Run) -> dict[str, float]:
+    """Held-out loss, and what the run's evaluators make of it."""
+    loss = evaluate(run)
+    values = {"valid_loss": loss}
+    for evaluator in run.evaluators:
+        values |= evaluator(run, loss)
+    return values
 
 
 def _check_replicas(run: Run) -> None:

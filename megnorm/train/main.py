@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ from megnorm.train.hang import Identity
 from megnorm.train.loop import fit
 from megnorm.train.memory import MemoryEndedError, remedied
 from megnorm.train.signals import EXIT_STOPPED
+from megnorm.train.text_units import TextUnits
 from megnorm.train.watchdog import Watchdog
 
 log = logging.getLogger("megnorm")
@@ -93,6 +95,9 @@ def _run(args: argparse.Namespace, config: configs.RunConfig, where: launch.Worl
     launch.set_threads(where, config.train.threads)
     torch.manual_seed(config.train.seed)
     device = launch.device_of(where)
+    if config.kernels.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        torch.use_deterministic_algorithms(True)
     profile.prepare(config.train, device)
     launch.init(where, device, config.parallel.timeout)
     folder = Path(config.train.out) / "checkpoints"
@@ -101,6 +106,8 @@ def _run(args: argparse.Namespace, config: configs.RunConfig, where: launch.Worl
         raise ValueError(f"{found} exists and --fresh was given; choose another train.out or remove the run")
     resolved = None if found is None else _continued(io.read_meta(found), config, found)
     run = build(make_plan(config, where.size, resolved), device)
+    if config.train.eval_units:
+        run.evaluators.append(TextUnits(config.data.tokenizer))
     if found is not None:
         found = state.resume(run, folder)
     elif config.checkpoint.init_from is not None:
@@ -162,13 +169,14 @@ def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | 
             f"optim.name is {config.optim.name}, but {found} holds the state of {name}; keep it, or begin a new train.out "
             "with checkpoint.init_from"
         )
-    before, now = record["config"]["model"], configs.to_dict(config)["model"]
+    usual = configs.to_dict(configs.RunConfig())["model"]  # of keys that are younger than the checkpoint
+    before, now = {**usual, **record["config"]["model"]}, configs.to_dict(config)["model"]
     for model in (before, now):  # where a plug-in lies is no part of the model: its numbers are in the checkpoint
         model["norm"] = {**model["norm"], "plugins": []}
     for key in ModelConfig.__dataclass_fields__:
-        if key not in MAY_CHANGE and before.get(key) != now[key]:
+        if key not in MAY_CHANGE and before[key] != now[key]:
             raise PlanError(
-                f"model.{key} is {now[key]!r}, but {found} was trained with {before.get(key)!r}; "
+                f"model.{key} is {now[key]!r}, but {found} was trained with {before[key]!r}; "
                 "keep it, or choose another train.out"
             )
     return from_json(record["resolved"])
@@ -190,6 +198,8 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
     )
     served = sorted({f"{choice.need.op}: {choice.backend}" for choice in registry.report()})
     log.info("kernels: %s", ", ".join(served))
+    if run.mesh.device.type == "cuda":
+        log.info("%s", "\n".join(f"  {line}" for line in registry.summary()))
     for warning in plan.warnings:
         log.warning("warning: %s", warning)
     if found is not None:

@@ -10,18 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megnorm.checkpoint import io
+from megnorm.checkpoint.folder import latest, read_manifest
 from megnorm.checkpoint.shard import Shard
 from megnorm.config import to_dict
+from megnorm.kernels.registry import Keeper
 from megnorm.parallel.layout import Piece
 from megnorm.train import report
 from megnorm.train.build import Run, open_data
 
 log = logging.getLogger("megnorm")
+KEPT = "kernels"  # first part of the names of what kernels keep
 
 
 def shards(run: Run, *, owned: bool) -> list[Shard]:
-    """Weights (fp32 masters where they exist) and moments; owned: only slices that this rank must write."""
-    return [
+    """Weights (fp32 masters where they exist), moments, and what kernels keep; owned: only slices that this rank must write."""
+    kept = [] if owned and (run.mesh.dp.rank or run.mesh.tp.rank) else list(_kept(run))
+    return kept + [
         Shard(name, view, piece.named.matrix.shape, offset)
         for name, piece, tensor in _tensors(run)
         if not owned or (piece.named.matrix.owner and (run.flat.shard or run.mesh.dp.rank == 0))
@@ -34,6 +38,16 @@ def _tensors(run: Run) -> Iterator[tuple[str, Piece, Tensor]]:
         yield piece.named.name, piece, piece.master
     for state in run.optimizer.states():
         yield f"optim.{state.kind}.{state.piece.named.name}", state.piece, state.tensor
+
+
+def _kept(run: Run) -> Iterator[Shard]:
+    """Scales and histories of products with delayed scaling, which are the same on all ranks of a stage."""
+    for stage in run.stages.values():
+        for name, module in stage.named_modules():
+            product = getattr(module, "product", None)
+            if isinstance(product, Keeper):
+                for kind, tensor in product.state().items():
+                    yield Shard.whole(f"{KEPT}.{name}.{kind}", tensor)
 
 
 def meta(run: Run) -> dict[str, Any]:
@@ -55,9 +69,8 @@ def resume(run: Run, folder: Path) -> Path:
     """Continue from the newest checkpoint in ``folder`` that is whole on every rank; its path. Raises CheckpointError."""
     config = run.plan.config.checkpoint
     run.flat.wait_weights()
-    loaded = io.resume(
-        folder, shards(run, owned=False), agree=_agreement(run), verify=config.verify, threads=config.threads
-    )
+    wanted = _without_strangers(folder, shards(run, owned=False))
+    loaded = io.resume(folder, wanted, agree=_agreement(run), verify=config.verify, threads=config.threads)
     assert loaded is not None, "the caller has seen a checkpoint"
     record = loaded.meta
     run.step, run.consumed, run.updates = record["step"], record["consumed_samples"], record["updates"]
@@ -72,6 +85,18 @@ def resume(run: Run, folder: Path) -> Path:
     return loaded.path
 
 
+def _without_strangers(folder: Path, wanted: list[Shard]) -> list[Shard]:
+    """A run may change to delayed scaling: what kernels keep begins anew where the newest checkpoint has none."""
+    newest = latest(folder)
+    if newest is None or not any(shard.name.startswith(f"{KEPT}.") for shard in wanted):
+        return wanted
+    there = read_manifest(newest)[0].tensors
+    if any(name.startswith(f"{KEPT}.") for name in there):
+        return wanted
+    log.warning("the checkpoint was written without kernels.fp8=delayed: histories of largest values begin anew")
+    return [shard for shard in wanted if not shard.name.startswith(f"{KEPT}.")]
+
+
 def start_from(run: Run, source: Path) -> None:
     """Take the weights, and nothing else, of a run folder or checkpoint: step 0 of a new run. Raises CheckpointError."""
     folder = source / "checkpoints"
@@ -79,7 +104,7 @@ def start_from(run: Run, source: Path) -> None:
     if path is None:
         raise io.CheckpointError(f"checkpoint.init_from: {folder} holds no whole checkpoint; name another run")
     run.flat.wait_weights()
-    weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith("optim.")]
+    weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith(("optim.", f"{KEPT}."))]
     io.load(path, weights, verify=run.plan.config.checkpoint.verify, convert=True)
     run.flat.publish()
     log.info("weights from %s; optimizer, data and step start anew", path)

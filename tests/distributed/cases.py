@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megnorm.config import RunConfig
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import AttentionConfig, ModelConfig, RopeScaling
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.config import ParallelConfig
@@ -28,6 +28,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "positions": "sinusoidal",
         "padding_id": 1,
         "embedding_scale": "sqrt_width",
+    },
+}
+# What attention can be asked beside: layers that differ, biases that belong to heads, options on either end of the model.
+FEATURED: dict[str, dict[str, Any]] = {
+    "windows": {
+        "attention": AttentionConfig(
+            scale=0.4, softcap=2.0, window=3, window_layers=("window", "full"), window_rope_theta=100.0
+        ),
+        "rope_scaling": RopeScaling("dynamic", 4.0, original=5),
+        "logit_scale": 0.7,
+        "logit_softcap": 3.0,
+        "tied_head": True,
+        "qkv_bias": True,
+    },
+    "alibi": {"positions": "alibi", "bias": True, "o_bias": False, "attention": AttentionConfig(window=5)},
+    "yarn": {
+        "rope_scaling": RopeScaling("yarn", 2.0, original=8),
+        "o_bias": True,
+        "head_bias": True,
+        "logit_scale": 2.0,
     },
 }
 
@@ -58,7 +78,7 @@ def config(
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
     modes = tuple(recompute.split("+")) if recompute else ()
     return RunConfig(
-        model=replace(sizes, norm=norm, **MODELS[model]),
+        model=replace(sizes, norm=norm, **{**MODELS, **FEATURED}[model]),
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(
             sequence_length=8,

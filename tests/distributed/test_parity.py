@@ -159,6 +159,21 @@ def test_other_norm_kinds(ranks: Any, kind: str, tp: int) -> None:
         check(ranks, {"scheme": scheme, "tp": tp, "sp": True, "kv": 1, "kind": kind, "model": "llama"}, "fp64", 2)
 
 
+QUICK_FEATURES = (("windows", "tp2 sp kv1"), ("windows", "pp2"), ("alibi", "tp2 sp kv1"))
+FEATURES = [
+    pytest.param(model, layout, marks=() if (model, layout) in QUICK_FEATURES else pytest.mark.full)
+    for model in cases.FEATURED
+    for layout in ("tp2 sp kv1", "tp4 sp kv2", "pp2", "tp2 pp2 gpipe")
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), FEATURES)
+def test_features_of_attention_are_serial(ranks: Any, model: str, layout: str) -> None:
+    """kv 1 on two ranks is multi-query attention; head h has the same slope, and layer l the same window, everywhere."""
+    case = {"sp": True, "kv": 4, "kind": "rmsnorm", "recompute": "attention", **LAYOUTS[layout]}
+    check(ranks, {"scheme": "hybridnorm", "model": model, **case}, "fp64", 2)
+
+
 def test_gathered_inputs_may_be_kept(ranks: Any) -> None:
     case = {"scheme": "normformer", "tp": 2, "sp": True, "kv": 2, "kind": "layernorm", "model": "gpt2",
             "keep_gathered": True}  # fmt: skip

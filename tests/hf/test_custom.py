@@ -1,5 +1,6 @@
 """The custom class: an independent second implementation, and a good citizen of transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ from torch import Tensor
 from megnorm.hf import custom
 from megnorm.hf.convert import compare_logits, from_hf, to_hf
 from megnorm.hf.native import native_forward
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import AttentionConfig, ModelConfig
 from megnorm.norms import registry
 from megnorm.norms.resolve import Resolved, resolve
-from tests.hf.tiny import made, reload, tiny, tokens
+from tests.hf.tiny import SCALINGS, made, reload, tiny, tokens
 
 SCHEMES = registry.names()
 KINDS = ("rmsnorm", pytest.param("layernorm", marks=pytest.mark.full))
@@ -64,6 +65,7 @@ def test_every_kind_and_gain(kind: str, gain: str) -> None:
         {"positions": "sinusoidal", "width": 18, "heads": 3, "kv_heads": 1, "activation": "reglu"},
         {"positions": "none", "parallel_block": True, "head_dim": 6, "activation": "geglu", "head_bias": True},
         {"parallel_block": True, "kv_heads": 1, "bias": True, "activation": "silu"},
+        {"positions": "learned", "padding_id": 1, "attention": AttentionConfig(window=6)},
     ],
 )
 def test_sizes_positions_and_padding(options: dict[str, object]) -> None:
@@ -75,11 +77,67 @@ def test_sizes_positions_and_padding(options: dict[str, object]) -> None:
     assert disagreement(state, model, resolved, ids) < 1e-10
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal", "none"])
+FEATURES = [
+    *({"rope_scaling": scaling} for scaling in SCALINGS),
+    {"attention": AttentionConfig(scale=0.3)},
+    {"attention": AttentionConfig(softcap=1.5), "logit_softcap": 2.0, "logit_scale": 0.5, "tied_head": True},
+    {"attention": AttentionConfig(window=3), "positions": "learned"},
+    {"attention": AttentionConfig(0.3, 2.0, 3, ("full", "window"), 99.0), "rope_scaling": SCALINGS[0]},
+    {"positions": "alibi", "heads": 6, "head_dim": 4, "kv_heads": 3},
+    {"positions": "alibi", "attention": AttentionConfig(softcap=3.0, window=4, window_layers=("window", "full"))},
+    {"qkv_bias": True},
+    {"bias": True, "qkv_bias": False, "o_bias": False},
+    {"kv_heads": 1, "o_bias": True},
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(one, id="+".join(one), marks=pytest.mark.full if i in (0, 2, 3, 5, 7, 9, 12) else ())
+        for i, one in enumerate(FEATURES)
+    ],
+)
+def test_features_of_attention(options: dict[str, object], tmp_path: Path) -> None:
+    """In float64, through a folder and back, and one token at a time behind a cache."""
+    model, resolved, state = made("hybridnorm", **options)
+    ids = tokens(model)
+    assert disagreement(state, model, resolved, ids) < 1e-10
+    to_hf(state, model, resolved, out=tmp_path / "a", native=False)
+    read = from_hf(tmp_path / "a")
+    assert replace(read.model, max_positions=48, rope_scaling=model.rope_scaling) == replace(model, head_dim=model.hd)
+    assert replace(read.model.rope_scaling, original=None) == replace(model.rope_scaling, original=None)
+    decoder = custom.build(state, model, resolved, dtype=torch.float64)
+    if model.rope_scaling.kind != "dynamic":  # which turns what lies in a cache no more
+        cache, steps = None, []
+        with torch.no_grad():
+            for i in range(ids.shape[1]):
+                out = decoder(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+                cache, steps = out.past_key_values, [*steps, out.logits]
+            whole = decoder(ids).logits
+        assert (torch.cat(steps, 1) - whole).abs().max() < 1e-12 * whole.abs().max()
+
+
+def test_what_a_backend_of_attention_lacks_is_not_asked_of_it() -> None:
+    for options in ({"positions": "alibi"}, {"attention": AttentionConfig(softcap=1.5)}):
+        model, resolved, state = made("preln", **options)
+        decoder = custom.build(state, model, resolved)
+        assert decoder.config._attn_implementation == "eager"
+        with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            decoder.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("window", [None, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal", "none", "alibi"])
 @pytest.mark.parametrize("padding_id", [None, 1])
-def test_generation_with_a_cache_is_generation_without(positions: str, padding_id: int | None) -> None:
+def test_generation_with_a_cache_is_generation_without(
+    positions: str, padding_id: int | None, window: int | None
+) -> None:
     """Also in a batch whose shorter prompt is padded on the left: as if it stood alone."""
-    model, resolved, state = made("normformer", positions=positions, padding_id=padding_id)
+    if (positions, padding_id) == ("alibi", 1):
+        pytest.skip("refused")
+    attention = AttentionConfig(window=window, window_layers=("window", "full") if window else ("window",))
+    model, resolved, state = made("normformer", positions=positions, padding_id=padding_id, attention=attention)
     decoder = custom.build(state, model, resolved)
     ids = tokens(model).clamp_min(2)
     ids[0, :4] = 1

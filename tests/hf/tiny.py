@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 from megnorm.hf import custom
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, RopeScaling
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import Resolved, resolve
 
 SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab_size": 61}
+
+SCALINGS = [
+    RopeScaling("linear", 4.0),
+    RopeScaling("dynamic", 4.0, original=16),
+    RopeScaling("yarn", 4.0, original=64),
+    RopeScaling("yarn", 4.0, 64, attention_factor=1.3, beta_fast=4.0, beta_slow=0.5, truncate=False),
+    RopeScaling("llama3", 8.0, original=32),
+]
 
 
 def tiny(scheme: str, kind: str = "rmsnorm", *, norm: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:

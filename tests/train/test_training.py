@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 from megnorm import config as configs
 from megnorm.checkpoint import io
 from megnorm.cli import main
+from megnorm.norms.resolve import resolve
+from megnorm.plan import PlanError
+from megnorm.train import main as main_module
 from megnorm.train.signals import EXIT_STOPPED
 from tests.train.tiny import losses, write_config, write_data
 
@@ -163,3 +167,13 @@ def _train(folder: Path, name: str, **changes: object) -> dict[str, object]:
         "eval_batches": 1, "threads": 1,
     }  # fmt: skip
     return base | changes
+
+
+def test_a_checkpoint_older_than_an_option_goes_on_with_its_default() -> None:
+    config = configs.RunConfig()
+    record = {"config": configs.to_dict(config), "resolved": resolve(config.model.norm, config.model.layers).to_json()}
+    del record["config"]["model"]["attention"], record["config"]["model"]["logit_scale"]
+    assert main_module._continued(record, config, None).scheme == config.model.norm.scheme
+    scaled = replace(config, model=replace(config.model, logit_scale=2.0))
+    with pytest.raises(PlanError, match="model.logit_scale is 2.0, but None was trained with 1.0"):
+        main_module._continued(record, scaled, None)

@@ -6,8 +6,9 @@ differs between classes and matters in low precision only; it is not compared.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from megnorm.hf.families.rope import FULL, layer_types
 from megnorm.hf.fold import SITES, State, embedding_scale
 from megnorm.models.config import GATED, ModelConfig
 from megnorm.norms.resolve import Resolved
@@ -23,6 +24,9 @@ ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {
 """megnorm's name of an activation -> transformers'."""
 BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh", "swish": "silu"}
 GATE_BACK = {ours: gated for gated, ours in GATED.items()}
+
+
+Windows = Literal["none", "all", "each"]
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,16 @@ def skips(resolved: Resolved, part: str) -> set[float]:
 class Family:
     """One class of transformers. A subclass says what it accepts and how its config and tensors look.
 
+    windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
     names: canonical name -> theirs, ``{i}`` for the layer index; both directions of the conversion read it.
     """
 
     architecture: str
     pattern: Pattern
     names: Mapping[str, str]
+    windows: Windows = "none"  # layers may have one: none, all alike, each as it likes
+    two_thetas = False
+    softcaps = False
 
     @property
     def name(self) -> str:
@@ -131,7 +139,25 @@ class Family:
             return "padding_id: the class does not look for padding by itself"
         if embedding_scale(model) != 1.0:
             return "embedding_scale: the class has none, and a tied head keeps it out of the embedding"
+        if model.logit_scale != 1.0:
+            return "logit_scale: the class has none, and a tied head without a final norm keeps it out of the weights"
+        if not self.softcaps and (model.attention.softcap, model.logit_softcap) != (None, None):
+            return "softcap: the class has none"
+        return self._refuse_window(model)
+
+    def _refuse_window(self, model: ModelConfig) -> str | None:
+        types = set(layer_types(model))
+        if types != {FULL} and self.windows == "none":
+            return "attention.window: the class has none"
+        if len(types) > 1 and self.windows == "all":
+            return "attention.window_layers: the class has a window in all layers or in none"
+        if model.attention.window_rope_theta is not None and not self.two_thetas:
+            return "attention.window_rope_theta: the class has one theta"
         return None
+
+    def takes_scale(self, model: ModelConfig) -> bool:
+        """Whether its config says the factor on scores; else it is folded into W_q."""
+        return model.attention.scale is None
 
     def refuse(self, model: ModelConfig, resolved: Resolved) -> str | None:
         """Anything else of this class. Abstract."""
@@ -180,17 +206,6 @@ def wanted(config: Mapping[str, Any], **values: Any) -> None:
     for name, value in values.items():
         if name in config and config[name] != value:
             raise ValueError(f"config.json: {name} is {config[name]!r}; megnorm reads this class only with {value!r}")
-
-
-def rope_theta(config: Mapping[str, Any], default: float = 10000.0) -> float:
-    """theta of a config of either generation of transformers. Raises ValueError for scaled rotary positions."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: rotary positions of type '{kind}' are not supported, only 'default'")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor must be 1; megnorm turns whole heads")
-    return float(rope.get("rope_theta", config.get("rope_theta", default)))
 
 
 def activation(name: str, *, gated: bool) -> str:

@@ -1,6 +1,7 @@
-"""GPT-2: Pre-LN, learned positions, biases everywhere; matrices stored [in, out], q, k and v in one."""
+"""GPT-2: Pre-LN, learned positions, biases everywhere; matrices stored [in, out], q, k and v in one. And GPTBigCode."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megnorm.hf.families.base import ACTIVATIONS, Family, Pattern, activation, one_eps, wanted
@@ -48,30 +49,10 @@ class GPT2(Family):
         }
 
     def transform(self, state: State, model: ModelConfig) -> State:
-        import torch
-
-        made: State = {}
-        for name, tensor in with_norm_biases(state).items():
-            path, _, kind = name.rpartition(".")
-            block, _, matrix = path.rpartition(".")
-            if matrix == "q":
-                tensor = torch.cat([state[f"{block}.{part}.{kind}"] for part in "qkv"])
-                made[f"{block}.qkv.{kind}"] = _turned(tensor)
-            elif matrix not in ("k", "v"):
-                made[name] = _turned(tensor) if matrix in ("o", "up", "down") else tensor
-        return made
+        return _turned(fused_qkv(with_norm_biases(state), joined))
 
     def restore(self, state: State, model: ModelConfig) -> State:
-        made: State = {}
-        for name, tensor in state.items():
-            path, _, kind = name.rpartition(".")
-            block, _, matrix = path.rpartition(".")
-            if matrix == "qkv":
-                parts = zip("qkv", _turned(tensor).chunk(3), strict=True)
-                made |= {f"{block}.{part}.{kind}": piece.contiguous() for part, piece in parts}
-            else:
-                made[name] = _turned(tensor) if matrix in ("o", "up", "down") else tensor
-        return made
+        return split_qkv(_turned(state), lambda tensor: tensor.chunk(3))
 
     def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
         wanted(
@@ -94,17 +75,71 @@ class GPT2(Family):
         )
 
 
-def refuse_plain(model: ModelConfig) -> str | None:
-    """What GPT-2 and OPT ask for alike."""
+class GPTBigCode(GPT2):
+    """GPT-2 with one key/value head, matrices stored [out, in]."""
+
+    name = "gpt_bigcode"
+    architecture = "GPTBigCodeForCausalLM"
+
+    def refuse(self, model: ModelConfig, resolved: Resolved) -> str | None:
+        return refuse_plain(model, kv=1) or one_eps(resolved)
+
+    def config(self, model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
+        return super().config(model, resolved) | {"multi_query": True}
+
+    def transform(self, state: State, model: ModelConfig) -> State:
+        return fused_qkv(with_norm_biases(state), joined)
+
+    def restore(self, state: State, model: ModelConfig) -> State:
+        rows = [model.width, model.hd, model.hd]
+        return split_qkv(state, lambda tensor: tensor.split(rows))
+
+    def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
+        return replace(super().read_config(config), kv_heads=1 if config.get("multi_query", True) else None)
+
+
+def refuse_plain(model: ModelConfig, kv: int | None = None) -> str | None:
+    """What GPT-2 and OPT ask for alike. kv: key/value heads; None: heads."""
     if model.positions != "learned":
         return f"positions: the class has learned ones, the model {model.positions}"
+    return refuse_shape(model, kv)
+
+
+def refuse_shape(model: ModelConfig, kv: int | None = None) -> str | None:
+    """Biases everywhere, no gate, and heads that make up the width."""
     if model.activation in GATED:
         return f"activation: the class has no gate, the model is '{model.activation}'"
-    if not model.bias:
+    if not (model.bias and model.biased_qkv and model.biased_o):
         return "bias: the class has one on every linear layer"
-    if model.kv != model.heads or model.hd * model.heads != model.width:
-        return "heads: the class has as many key/value heads, of width / heads"
-    return None
+    if model.kv != (kv or model.heads):
+        return f"kv_heads: the class has {kv or 'as many as heads'}"
+    return None if model.hd * model.heads == model.width else "heads: the class has heads of width / heads"
+
+
+def fused_qkv(state: State, join: Callable[[list[Any]], Any]) -> State:
+    """q, k and v of each kind (weight, bias) joined as ``qkv``."""
+    made: State = {}
+    for name, tensor in state.items():
+        path, _, kind = name.rpartition(".")
+        block, _, matrix = path.rpartition(".")
+        if matrix == "q":
+            made[f"{block}.qkv.{kind}"] = join([state[f"{block}.{part}.{kind}"] for part in "qkv"])
+        elif matrix not in ("k", "v"):
+            made[name] = tensor
+    return made
+
+
+def split_qkv(state: State, cut: Callable[[Any], Any]) -> State:
+    """The inverse of ``fused_qkv``."""
+    made: State = {}
+    for name, tensor in state.items():
+        path, _, kind = name.rpartition(".")
+        if path.endswith(".qkv"):
+            parts = zip("qkv", cut(tensor), strict=True)
+            made |= {f"{path.removesuffix('qkv')}{part}.{kind}": piece.contiguous() for part, piece in parts}
+        else:
+            made[name] = tensor
+    return made
 
 
 def with_norm_biases(state: State) -> State:
@@ -116,5 +151,13 @@ def with_norm_biases(state: State) -> State:
     return made
 
 
-def _turned(tensor: Any) -> Any:
-    return tensor.t().contiguous() if tensor.dim() == 2 else tensor
+def joined(parts: list[Any]) -> Any:
+    import torch
+
+    return torch.cat(parts)
+
+
+def _turned(state: State) -> State:
+    """Matrices of linear layers the other way round, [in, out]."""
+    inside = ("qkv.weight", ".o.weight", ".up.weight", ".down.weight")
+    return {name: tensor.t().contiguous() if name.endswith(inside) else tensor for name, tensor in state.items()}

@@ -1,9 +1,10 @@
 """The families in order of trial, and the question which of them holds a model."""
 
+from megnorm.hf.families.alibi import Bloom, Mpt
 from megnorm.hf.families.base import Family
-from megnorm.hf.families.gemma2 import Gemma2
-from megnorm.hf.families.gpt2 import GPT2
-from megnorm.hf.families.llama import Llama, Qwen3
+from megnorm.hf.families.gemma2 import Gemma2, Gemma3
+from megnorm.hf.families.gpt2 import GPT2, GPTBigCode
+from megnorm.hf.families.llama import Llama, Ministral, Mistral, Qwen2, Qwen3
 from megnorm.hf.families.minimax import MiniMax
 from megnorm.hf.families.olmo import Olmo2
 from megnorm.hf.families.opt import OPTPostLN, OPTPreLN
@@ -11,7 +12,10 @@ from megnorm.hf.fold import fold
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
 
-FAMILIES: tuple[Family, ...] = (Llama(), Qwen3(), Olmo2(), Gemma2(), GPT2(), OPTPostLN(), OPTPreLN(), MiniMax())
+FAMILIES: tuple[Family, ...] = (
+    *(Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), Olmo2(), Gemma2(), Gemma3()),
+    *(GPT2(), GPTBigCode(), OPTPostLN(), OPTPreLN(), Bloom(), Mpt(), MiniMax()),
+)
 
 
 def choose(model: ModelConfig, resolved: Resolved) -> tuple[Family | None, dict[str, str]]:
