@@ -37,6 +37,7 @@ RULES: dict[str, set[str]] = {
         "parallel.schedule",
         "parallel.balance",
         "models.count",
+        "models.family",
         "hf.families",
     },
     "train": BELOW_TRAIN | {"hf", "infer", "plan"},
@@ -54,6 +55,7 @@ TORCH_FREE = (
     "parallel.schedule",
     "parallel.balance",
     "models.count",
+    "models.family",
     "hf.families.",
 )
 

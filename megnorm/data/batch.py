@@ -40,6 +40,11 @@ class Batch:
 
 
 @dataclass
+class MaskedBatch(Batch):
+    """Rows with some tokens corrupted, for a masked language model: labels stand at their own places."""
+
+
+@dataclass
 class PairBatch:
     """Source and target sequences of an encoder-decoder; s: source, t: target length, b: rows.
 

@@ -48,10 +48,17 @@ class Env:
 class Context:
     """What one forward pass of the blocks shares.
 
-    rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] bool, True may look; None: causal alone.
+    rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] or [b, 1, 1, s] bool, True may look (to its
+    left too, where causal); None: everywhere, or to its left. causal: nobody looks to its right.
     documents: lengths of packed documents (b = 1) that do not see each other.
+    bias: [1, h/tp, s, s], added to the scores of self-attention. memory: the encoder's output [s', b, d] ([s'/tp, b, d]),
+    which cross-attention reads; memory_mask: [b, 1, 1, s'], as mask.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     documents: tuple[int, ...] | None = None
+    causal: bool = True
+    bias: Tensor | None = None
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None

@@ -97,18 +97,19 @@ class Pace:
         """The record of a step; starts the next interval."""
         seconds = time.perf_counter() - self.begin
         t = self.run.plan.config.train
-        rate = self.sequences * t.sequence_length / seconds
+        size = self.run.plan.tokens_per_sample
+        rate = self.sequences * size / seconds
         self.restart()
         return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens": self.run.consumed * t.sequence_length,
+            "tokens": self.run.consumed * size,
             "tokens_per_second": rate,
             "mfu": mfu(rate, self.flops, self.peak),
             **({"loss_scale": self.run.scale.scale} if self.run.scale.scale != 1.0 else {}),
             **({"skipped": float(result.skipped)} if self.run.scale.scale != 1.0 or result.skipped else {}),
-            **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * t.sequence_length}),
+            **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * size}),
             **self.slow.values(),
             **result.probes,
         }
