@@ -98,7 +98,7 @@ def test_it_is_the_published_model(shared: Path, name: str) -> None:
     weights = {canonical(old, name): value for old, value in load_file(folder / "model.safetensors").items()}
     model: Any = build_model(ModelConfig(**MODELS[name]), Env(dtype=torch.float64))
     # T5 does not divide scores by sqrt(head_dim): a larger q says the same.
-    factor = {r: 8**0.5 for r in ("q",)} if name == "t5" else {}
+    factor = {"q": 8**0.5} if name == "t5" else {}
     for n in named_matrices(model):
         n.view().copy_(stored(n.name, weights[n.name], name).double() * factor.get(n.matrix.role, 1.0))
     batch, real, labels = batch_of(found, name)

@@ -107,7 +107,7 @@ REFUSALS = {
     "an odd number of buckets": ("masked", ["model.relative_buckets=7"], "model.relative_buckets=7 must be even"),
     "pairs in micro-batches": ("pairs", ["train.micro_batch=2"], "set it to 1"),
     "pairs too long": ("pairs", ["data.pairs.longest=17"], "longer than model.max_source_positions=16"),
-    "spans too long": ("spans", ["train.sequence_length=24"], "longer than model.max_source_positions=24"),
+    "spans too long": ("spans", ["train.sequence_length=32"], "longer than model.max_source_positions=24"),
     "padding by token": ("pairs", ["model.padding_id=0"], "only for causal and masked"),
     "smoothing of everything": ("pairs", ["model.label_smoothing=1.0"], "must be in [0, 1)"),
 }
