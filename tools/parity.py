@@ -148,7 +148,9 @@ def random_batch(config: RunConfig, step: int, index: int) -> Input:
     other = torch.randint(0, m.vocab_size, (longer, b), generator=generator)
     if m.family == "encdec":
         return Pairs(other, real, *plain)
-    return MaskedTokens(*plain, real=None if m.padding_id else real, segments=other % m.segments if m.segments else None)
+    return MaskedTokens(
+        *plain, real=None if m.padding_id else real, segments=other % m.segments if m.segments else None
+    )
 
 
 def compare(serial: Trace, parallel: Trace) -> Difference:

@@ -1,5 +1,6 @@
 """The model of every family, behind one door."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megnorm.layers.env import Env
@@ -10,11 +11,7 @@ from megnorm.models.masked import MaskedLM
 
 Model = CausalLM | MaskedLM | EncoderDecoder
 Input = Tokens | Pairs  # of a micro-batch
-FAMILIES: dict[str, type[CausalLM] | type[MaskedLM] | type[EncoderDecoder]] = {
-    "causal": CausalLM,
-    "masked": MaskedLM,
-    "encdec": EncoderDecoder,
-}
+FAMILIES: dict[str, Callable[..., Model]] = {"causal": CausalLM, "masked": MaskedLM, "encdec": EncoderDecoder}
 
 
 def build_model(cfg: ModelConfig, env: Env | None = None, **rest: Any) -> Model:

@@ -92,11 +92,9 @@ def resolve(
 
 def resolve_pair(config: NormConfig, encoder_layers: int, decoder_layers: int) -> Resolved:
     """Resolve a config's scheme for an encoder-decoder: the decoder's stack, with the encoder's inside."""
-    encoder, decoder = (
-        resolve(config, layers, stack=stack, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
-        for stack, layers in (("encoder", encoder_layers), ("decoder", decoder_layers))
-    )
-    return replace(decoder, encoder=encoder)
+    both = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+    encoder = resolve(config, encoder_layers, stack="encoder", **both)
+    return replace(resolve(config, decoder_layers, stack="decoder", **both), encoder=encoder)
 
 
 def plain_norm(config: NormConfig) -> Norm:

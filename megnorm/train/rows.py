@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megnorm.data.batch import Batch, MaskedBatch, PairBatch
+from megnorm.data.batch import Batch, ClassBatch, MaskedBatch, PairBatch
 from megnorm.models.build import Input
 from megnorm.models.causal import Tokens
 from megnorm.models.encdec import Pairs
@@ -22,6 +22,7 @@ def own_rows(run: Run, data: Samples, first_sample: int, sequences: int) -> Rows
     """This rank's rows of a global batch of ``sequences``; padding is never a label that counts."""
     padding, dp = run.plan.config.model.padding_id, run.mesh.dp
     batch = data.batch(first_sample, sequences, dp.rank, dp.size)
+    assert not isinstance(batch, ClassBatch), "the plan refuses a task that the model cannot be trained for"
     if padding is None or not isinstance(batch, Batch):
         return batch
     return replace(batch, loss_mask=batch.loss_mask * (batch.labels != padding))

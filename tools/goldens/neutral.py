@@ -188,8 +188,8 @@ def canonical(name: str, own: str, family: str = "causal") -> str:
         stack, _, rest = name.partition(".")
         if stack not in ("encoder", "decoder"):
             raise ValueError(f"the parameter '{name}' is not documented")
-        plain = canonical(rest, own)
-        return plain if plain.startswith("head.") else f"{stack}.{plain}"
+        inside = canonical(rest, own)
+        return inside if inside.startswith("head.") else f"{stack}.{inside}"
     name = re.sub(r"\.gain$", ".weight", name.removeprefix("decoder."))
     if name == "attention.relative_bias.weight":
         return "relative.weight"

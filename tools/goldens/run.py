@@ -187,25 +187,25 @@ def _parts(case: Case, mesh: Mesh) -> tuple[list[Input], int]:
         _filled(positions, mesh, tail),
     )
     mask = labels != -100
-    plain = (tokens, labels, mask.to(case.dtype))
-    rows = range(tokens.shape[1])
+    count, rows = int(mask.sum()), range(tokens.shape[1])
+    plain = [_columns(i, tokens, labels, mask.to(case.dtype)) for i in rows]
     if case.model.family == "causal":
-        return [Tokens(*_columns(i, *plain, positions)) for i in rows], int(mask.sum())
+        return [Tokens(*plain[i], *_columns(i, positions)) for i in rows], count
     encoded = case.tokens if case.source is None else case.source
-    real = torch.ones_like(encoded, dtype=torch.bool) if case.real is None else case.real
-    real = _filled(real.t(), mesh, False)
+    real = _filled((torch.ones_like(encoded, dtype=torch.bool) if case.real is None else case.real).t(), mesh, False)
     if case.source is None:
-        return [MaskedTokens(*_columns(i, *plain), real=real[:, i : i + 1]) for i in rows], int(mask.sum())
+        return [MaskedTokens(*plain[i], None, None, real[:, i : i + 1]) for i in rows], count
     source = _filled(case.source.t(), mesh, 0)
-    return [Pairs(*_columns(i, source, real, *plain)) for i in rows], int(mask.sum())
+    return [Pairs(*_columns(i, source, real), *plain[i]) for i in rows], count
 
 
 def _filled(x: Tensor, mesh: Mesh, value: int) -> Tensor:
     return torch.cat([x, x.new_full((-len(x) % mesh.sp.size, *x.shape[1:]), value)])
 
 
-def _columns(i: int, *tensors: Tensor) -> list[Tensor]:
-    return [x[:, i : i + 1].contiguous() if x.dim() == 2 else x for x in tensors]
+def _columns(i: int, *tensors: Tensor) -> Any:
+    """The row i of each, or all of what is one for all rows."""
+    return tuple(x[:, i : i + 1].contiguous() if x.dim() == 2 else x for x in tensors)
 
 
 def gradients(stage: Model, mesh: Mesh) -> dict[str, Tensor]:
