@@ -188,13 +188,15 @@ def _parts(case: Case, mesh: Mesh) -> tuple[list[Input], int]:
     )
     mask = labels != -100
     count, rows = int(mask.sum()), range(tokens.shape[1])
-    plain = [_columns(i, tokens, labels, mask.to(case.dtype)) for i in rows]
+    plain: list[Any] = [_columns(i, tokens, labels, mask.to(case.dtype)) for i in rows]
     if case.model.family == "causal":
         return [Tokens(*plain[i], *_columns(i, positions)) for i in rows], count
     encoded = case.tokens if case.source is None else case.source
     real = _filled((torch.ones_like(encoded, dtype=torch.bool) if case.real is None else case.real).t(), mesh, False)
     if case.source is None:
-        return [MaskedTokens(*plain[i], None, None, real[:, i : i + 1]) for i in rows], count
+        return [
+            MaskedTokens(t, y, m, real=part) for (t, y, m), part in zip(plain, real.split(1, 1), strict=True)
+        ], count
     source = _filled(case.source.t(), mesh, 0)
     return [Pairs(*_columns(i, source, real), *plain[i]) for i in rows], count
 
@@ -203,7 +205,7 @@ def _filled(x: Tensor, mesh: Mesh, value: int) -> Tensor:
     return torch.cat([x, x.new_full((-len(x) % mesh.sp.size, *x.shape[1:]), value)])
 
 
-def _columns(i: int, *tensors: Tensor) -> Any:
+def _columns(i: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The row i of each, or all of what is one for all rows."""
     return tuple(x[:, i : i + 1].contiguous() if x.dim() == 2 else x for x in tensors)
 
