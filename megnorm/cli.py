@@ -10,6 +10,7 @@ import megnorm
 # verb: (what it does, the module that holds add_<verb>_arguments(parser) and run_<verb>(args) -> exit code)
 VERBS = {
     "train": ("train a model", "megnorm.train.main"),
+    "finetune": ("train with several seeds, and tell the median", "megnorm.train.finetune"),
     "plan": ("look before launch: sizes, parameters, refusals", "megnorm.train.commands"),
     "preprocess": ("JSONL to .bin/.idx", "megnorm.data.commands"),
     "data": ("inspect, verify, merge, split token files", "megnorm.data.commands"),

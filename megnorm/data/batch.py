@@ -61,7 +61,8 @@ class PairBatch:
 
 @dataclass
 class ClassBatch:
-    """Sequences with a class each. tokens: [s, b] int64; mask: [s, b] float32; segments: [s, b] int64; classes: [b]."""
+    """Sequences with a class each. tokens: [s, b] int64; mask: [s, b] float32; segments: [s, b] int64; classes: [b] int64, or
+    float32 for regression."""
 
     tokens: Tensor
     mask: Tensor

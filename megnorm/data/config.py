@@ -72,7 +72,8 @@ class ClassConfig:
     """Classification. data.path, data.valid and data.test name TSV (with a header) or JSONL files.
 
     texts, label: columns; by default all but the last, and the last. names: the classes in order; by default those of
-    the training file, sorted. begin, end: names of the tokens before the first text and behind each.
+    the training file, sorted. begin, end: names of the tokens before the first text and behind each. regression: the label
+    is a number.
     """
 
     texts: tuple[str, ...] = ()
@@ -80,6 +81,7 @@ class ClassConfig:
     names: tuple[str, ...] = ()
     begin: str = "[CLS]"
     end: str = "[SEP]"
+    regression: bool = False
 
 
 @dataclass(frozen=True)

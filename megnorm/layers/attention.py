@@ -22,6 +22,8 @@ class SelfAttention(SubLayer):
     q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
     """
 
+    grows = True  # with every token that is decoded
+
     def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str) -> None:
         super().__init__(spec, cfg.width, cfg.dropout, env, name)
         h, kv, hd = cfg.heads, cfg.kv, cfg.hd
@@ -61,6 +63,8 @@ class SelfAttention(SubLayer):
         v = self.v_norm(v).unflatten(-1, (-1, self.hd))
         if context.rope is not None:
             q, k = self.rope(q, *context.rope), self.rope(k, *context.rope)
+        if context.cache is not None and self.grows:
+            k, v = context.cache.extend(self.core_name, k, v)
         # W_o's GEMM would make a contiguous copy of its own, which it would save beside this tensor.
         y = self.context_norm(self._attend(q, k, v, context).flatten(2).contiguous())
         return self.recompute("norms", self._scale_slices, y) if self.scale_place == "pre_projection" else y
@@ -86,14 +90,19 @@ class SelfAttention(SubLayer):
 class CrossAttention(SelfAttention):
     """Attention of a decoder to the encoder's output: q of the stream, k and v of ``Context.memory``."""
 
+    grows = False
+
     def _build_projections(self, cfg: ModelConfig, env: Env) -> None:
         self.query = ColumnParallelLinear(cfg.width, (Out("q", cfg.heads, cfg.hd),), env, bias=cfg.bias)
         both = (Out("k", cfg.kv, cfg.hd), Out("v", cfg.kv, cfg.hd))
         self.key_value = ColumnParallelLinear(cfg.width, both, env, bias=cfg.bias)
 
     def project(self, u: Tensor, context: Context) -> tuple[Tensor, ...]:
-        assert context.memory is not None, "a decoder's context has the encoder's output"
-        return *self.query(u), *self.key_value(context.memory)
+        memory = context.memory
+        assert memory is not None, "a decoder's context has the encoder's output"
+        if context.cache is None:
+            return *self.query(u), *self.key_value(memory)
+        return *self.query(u), *context.cache.once(self.core_name, lambda: self.key_value(memory))
 
     def body(self, u: Tensor, context: Context) -> Tensor:
         return super().body(u, replace(context, rope=None, mask=context.memory_mask, causal=False, bias=None))

@@ -59,7 +59,7 @@ class Sizes(Protocol):
     @property
     def source_layers(self) -> int: ...
     @property
-    def head_transform(self) -> bool: ...
+    def head_weights(self) -> int: ...
 
 
 def flops_per_token(model: Sizes, sequence_length: int) -> int:
@@ -75,8 +75,8 @@ def flops_per_token(model: Sizes, sequence_length: int) -> int:
     scores = 2 * attention * sequence_length
     ffn = (3 if model.gated else 2) * model.width * model.ffn
     crossing = projections + scores if model.source_layers else 0
-    multiplications = model.layers * (projections + scores + ffn + crossing) + model.width * model.vocab_size
-    multiplications += model.source_layers * (projections + scores + ffn) + model.head_transform * model.width**2
+    multiplications = model.layers * (projections + scores + ffn + crossing) + model.head_weights
+    multiplications += model.source_layers * (projections + scores + ffn)
     return 3 * 2 * multiplications
 
 

@@ -39,15 +39,17 @@ class ModelConfig:
     and tensor parallelism, and the padding never shows. parallel_block: x + A(..) + F(..), both branches reading x.
     label_smoothing: share of a training target that is spread evenly over the vocabulary; evaluation has none.
 
-    family: "causal", "masked" (an encoder with a masked-LM head) or "encdec" (encoder-decoder). What follows is of the
-    latter two. layers are the decoder's in an encoder-decoder; encoder_layers None: as many. max_source_positions: rows of
-    the encoder's position table; None: max_positions. shared_embedding: encoder and decoder have one token table (with
-    tied_head the head is the same one). relative_buckets: T5's position bias on self-attention, a table of so many buckets
-    for each stack, the farther half growing up to relative_distance; None: no such bias. segments: token types (BERT's are
-    2) with an embedding each; 0: none. head_transform: dense layer, activation and norm before a masked-LM head (BERT).
+    family: "causal", "masked" (an encoder with a masked-LM head), "encdec" (encoder-decoder) or "classifier" (an encoder with
+    scores for classes: fine-tuning). What follows is of these three. layers are the decoder's in an encoder-decoder;
+    encoder_layers None: as many. max_source_positions: rows of the encoder's position table; None: max_positions.
+    shared_embedding: encoder and decoder have one token table (with tied_head the head is the same one).
+    relative_buckets: T5's position bias on self-attention, a table of so many buckets for each stack, the farther half
+    growing up to relative_distance; None: no such bias. segments: token types (BERT's are 2) with an embedding each; 0:
+    none. head_transform: dense layer, activation and norm before a masked-LM head (BERT). classes: of a classifier; 1: it
+    tells a number. pooler: a dense layer and tanh on the first token before them.
     """
 
-    family: Literal["causal", "masked", "encdec"] = "causal"
+    family: Literal["causal", "masked", "encdec", "classifier"] = "causal"
     layers: int = 12
     encoder_layers: int | None = None
     width: int = 768
@@ -77,6 +79,8 @@ class ModelConfig:
     relative_distance: int = 128
     segments: int = 0
     head_transform: bool = False
+    classes: int = 0
+    pooler: bool = True
     norm: NormConfig = field(default_factory=NormConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
@@ -92,6 +96,13 @@ class ModelConfig:
     def source_layers(self) -> int:
         """Layers of the encoder that an encoder-decoder has beside ``layers``; 0 for other families."""
         return (self.encoder_layers or self.layers) if self.family == "encdec" else 0
+
+    @property
+    def head_weights(self) -> int:
+        """In the matrices behind the last layer, tied or not."""
+        if self.family == "classifier":
+            return self.width * (self.classes + self.pooler * self.width)
+        return self.width * (self.vocab_size + self.head_transform * self.width)
 
     @property
     def source_positions(self) -> int:

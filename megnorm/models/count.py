@@ -28,8 +28,12 @@ def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:
     d, h, kv, hd = m.width, m.heads, m.kv, m.hd
     add("embed", m.vocab_size * d)
     add("position", m.max_positions * d if m.positions == "learned" else 0)
-    add("head", 0 if m.tied_head else m.vocab_size * d)
-    add("bias", m.vocab_size if m.head_bias else 0)
+    if m.classes:
+        add("head", m.classes * d + m.pooler * d * d)
+        add("bias", m.classes + m.pooler * d)
+    else:
+        add("head", 0 if m.tied_head else m.vocab_size * d)
+        add("bias", m.vocab_size if m.head_bias else 0)
     stacks = [resolved] if resolved.encoder is None else [resolved, resolved.encoder]
     if resolved.encoder is not None:
         add("embed", 0 if m.shared_embedding else m.vocab_size * d)

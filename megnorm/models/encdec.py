@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megnorm.layers.attention import padding_mask
+from megnorm.layers.cache import Cache
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.rope import token_positions
@@ -115,6 +116,18 @@ class EncoderDecoder(nn.Module):
         where = token_positions(tokens, None)
         x = self.decoder.start(tokens, where, None) if carry is None else carry
         return self.decoder.run(x, where, None, Context(memory=memory, memory_mask=padding_mask(real)))
+
+    def scores(self, tokens: Tensor, memory: Tensor, real: Tensor | None) -> Tensor:
+        """Scores [t, b, v] for what follows each of tokens [t, b]."""
+        return full_logits(self.head(self.decode(tokens, memory, real)), self.head, self.cfg.vocab_size)
+
+    def step(self, token: Tensor, at: int, memory: Tensor, real: Tensor | None, cache: Cache) -> Tensor:
+        """Scores [b, v] for what follows token [b], the one at place ``at``; those before it are in the cache."""
+        where = torch.tensor([at], device=token.device)
+        x = self.decoder.start(token[None], where, None)
+        context = Context(memory=memory, memory_mask=padding_mask(real), cache=cache)
+        x = self.decoder.run(x, where, None, context)
+        return full_logits(self.head(x), self.head, self.cfg.vocab_size)[0]
 
     def forward(self, batch: Pairs, carry: Tensor | None = None) -> Tensor:
         """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: what they hand on."""

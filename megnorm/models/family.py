@@ -7,17 +7,21 @@ from megnorm.norms.resolve import Resolved, resolve, resolve_pair
 from megnorm.parallel import balance
 
 # What each family can be trained for, and the options that only some families have.
-TASKS = {"causal": ("causal",), "masked": ("masked",), "encdec": ("pairs", "spans")}
+TASKS = {"causal": ("causal",), "masked": ("masked",), "encdec": ("pairs", "spans"), "classifier": ("classes",)}
 OPTIONS = {
     "encoder_layers": ("encdec",),
     "max_source_positions": ("encdec",),
     "shared_embedding": ("encdec",),
-    "relative_buckets": ("masked", "encdec"),
-    "relative_distance": ("masked", "encdec"),
-    "segments": ("masked",),
+    "relative_buckets": ("masked", "encdec", "classifier"),
+    "relative_distance": ("masked", "encdec", "classifier"),
+    "segments": ("masked", "classifier"),
     "head_transform": ("masked",),
-    "parallel_block": ("causal", "masked"),
-    "padding_id": ("causal", "masked"),
+    "tied_head": ("causal", "masked", "encdec"),
+    "head_bias": ("causal", "masked", "encdec"),
+    "classes": ("classifier",),
+    "pooler": ("classifier",),
+    "parallel_block": ("causal", "masked", "classifier"),
+    "padding_id": ("causal", "masked", "classifier"),
 }
 
 
@@ -26,6 +30,8 @@ def problem(m: ModelConfig) -> str | None:
     for name, families in OPTIONS.items():
         if m.family not in families and getattr(m, name) != ModelConfig.__dataclass_fields__[name].default:
             return f"model.{name} has no meaning for model.family={m.family}, only for {' and '.join(families)}; leave it out"
+    if m.family == "classifier" and m.classes < 1:
+        return "model.classes is 0; set it to the number of classes, or to 1 for a model that tells a number"
     buckets = m.relative_buckets
     if buckets is not None and (buckets % 2 or m.relative_distance <= buckets // 2):
         return (
@@ -49,8 +55,7 @@ def unit_costs(m: ModelConfig, sequence: int) -> tuple[int, ...]:
     attention = m.heads * m.hd
     projections = m.width * (2 * attention + 2 * m.kv * m.hd)
     block = projections + (3 if m.gated else 2) * m.width * m.ffn
-    head = m.width * m.vocab_size + m.head_transform * m.width**2
-    start, *layers, end = balance.unit_costs(m.layers, block, attention, sequence, head)
+    start, *layers, end = balance.unit_costs(m.layers, block, attention, sequence, m.head_weights)
     if not m.source_layers:
         return (start, *layers, end)
     _, crossing, _ = balance.unit_costs(1, projections, attention, sequence, 0)

@@ -24,6 +24,21 @@ class MaskedTokens(Tokens):
     segments: Tensor | None = None
 
 
+def stream_edge(stack: Stack, batch: Tokens) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of an encoder's residual stream."""
+    s, b = batch.tokens.shape
+    return (s // stack.env.mesh.sp.size, b, stack.cfg.width), stack.env.compute or stack.env.dtype
+
+
+def encode(stack: Stack, batch: MaskedTokens, carry: Tensor | None) -> Tensor:
+    """The stream behind this stage of an encoder, [s, b, d] ([s/tp, b, d])."""
+    padding = stack.cfg.padding_id
+    real = batch.tokens != padding if batch.real is None and padding is not None else batch.real
+    where = token_positions(batch.tokens, padding) if batch.positions is None else batch.positions
+    x = stack.start(batch.tokens, where, real, batch.segments) if carry is None else carry
+    return stack.run(x, where, real)
+
+
 class MaskedLM(Stack):
     """An encoder with a masked-LM head, or the stage of one: the layers [first, last), and what lies at its ends."""
 
@@ -52,16 +67,11 @@ class MaskedLM(Stack):
 
     def edge(self, batch: MaskedTokens, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
         """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d])."""
-        s, b = batch.tokens.shape
-        return (s // self.env.mesh.sp.size, b, self.cfg.width), self.env.compute or self.env.dtype
+        return stream_edge(self, batch)
 
     def states(self, batch: MaskedTokens, carry: Tensor | None = None) -> Tensor:
         """The stream behind this stage, [s, b, d] ([s/tp, b, d]); behind the last one what the head reads."""
-        padding = self.cfg.padding_id
-        real = batch.tokens != padding if batch.real is None and padding is not None else batch.real
-        where = token_positions(batch.tokens, padding) if batch.positions is None else batch.positions
-        x = self.start(batch.tokens, where, real, batch.segments) if carry is None else carry
-        x = self.run(x, where, real)
+        x = encode(self, batch, carry)
         return self.transform(x) if self.last and self.transform is not None else x
 
     def forward(self, batch: MaskedTokens, carry: Tensor | None = None) -> Tensor:

@@ -66,16 +66,19 @@ class Stack(nn.Module):
     def run(self, x: Tensor, where: Tensor, real: Tensor | None, context: Context | None = None) -> Tensor:
         """Layers, and the final norm: [s, b, d] -> same ([s/tp, b, d] with sequence parallelism).
 
-        where: positions of the whole sequence. real: [s, b] bool, of a stack that is not causal. context: what a decoder's
-        has beside.
+        where: positions of the whole sequence, or with ``Context.cache`` of the one token behind those in it. real: [s, b]
+        bool, of a stack that is not causal. context: what a decoder's has beside.
         """
-        rope, mask, bias = None, padding_mask(real), None
+        context = context or Context()
+        rope, mask, bias, alone = None, padding_mask(real), None, context.cache is not None
         if self.cfg.positions == "rotary":
             rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
         if self.relative is not None:
-            bias = self.relative(len(where)).to(x.dtype)
-            if self.causal:
+            bias = self.relative(int(where[-1]) + 1 if alone else len(where)).to(x.dtype)
+            if alone:
+                bias = bias[:, :, -1:]
+            elif self.causal:
                 mask = causal_mask(len(where), x.device)
-        context = replace(context or Context(), rope=rope, mask=mask, bias=bias, causal=self.causal)
+        context = replace(context, rope=rope, mask=mask, bias=bias, causal=self.causal and not alone)
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.ends else x

@@ -8,6 +8,7 @@ import torch
 
 from megnorm.checkpoint.saver import own_barrier
 from megnorm.data.choose import Samples, open_split
+from megnorm.data.classes import ClassLoader
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
@@ -20,7 +21,7 @@ from megnorm.parallel.layout import Named, named_matrices, share_copies
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
-from megnorm.plan import Plan
+from megnorm.plan import Plan, PlanError
 from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -149,7 +150,7 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, do
     """The loader of a split; state: of the checkpoint that the run continues, after ``done`` steps."""
     config, t = plan.config, plan.config.train
     used = 0 if state is None else state["samples"]
-    return open_split(
+    loader = open_split(
         config.data,
         split,
         sequence_length=t.sequence_length,
@@ -158,3 +159,9 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, do
         samples=t.consumed_after(t.steps - done, used) if split == "train" else used + t.eval_batches * t.global_batch,
         state=state,
     )
+    if isinstance(loader, ClassLoader) and (found := len(loader.classes) or 1) != config.model.classes:
+        what = f"{found} classes" if loader.classes else "numbers"
+        raise PlanError(
+            f"model.classes={config.model.classes}, but data.path has {what} as labels; set model.classes={found}"
+        )
+    return loader

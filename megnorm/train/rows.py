@@ -15,14 +15,13 @@ from megnorm.parallel.collectives import all_reduce
 from megnorm.train.build import Run, Samples
 from megnorm.train.config import TrainConfig
 
-Rows = Batch | PairBatch | list[PairBatch]
+Rows = Batch | PairBatch | list[PairBatch] | ClassBatch
 
 
 def own_rows(run: Run, data: Samples, first_sample: int, sequences: int) -> Rows:
     """This rank's rows of a global batch of ``sequences``; padding is never a label that counts."""
     padding, dp = run.plan.config.model.padding_id, run.mesh.dp
     batch = data.batch(first_sample, sequences, dp.rank, dp.size)
-    assert not isinstance(batch, ClassBatch), "the plan refuses a task that the model cannot be trained for"
     if padding is None or not isinstance(batch, Batch):
         return batch
     return replace(batch, loss_mask=batch.loss_mask * (batch.labels != padding))
@@ -30,6 +29,8 @@ def own_rows(run: Run, data: Samples, first_sample: int, sequences: int) -> Rows
 
 def label_count(rows: Rows) -> Tensor:
     """Labels of these rows that count, a float64 scalar."""
+    if isinstance(rows, ClassBatch):
+        return torch.tensor(len(rows.classes), dtype=torch.float64)
     parts = rows if isinstance(rows, list) else [rows]
     return torch.stack([part.loss_mask.sum(dtype=torch.float64) for part in parts]).sum()
 
@@ -46,6 +47,9 @@ def micro_batches(rows: Rows, train: TrainConfig, device: torch.device) -> Itera
     elif isinstance(rows, PairBatch):
         for first in range(0, rows.source.shape[1], train.micro_batch):
             yield _pairs(rows, slice(first, first + train.micro_batch), device)
+    elif isinstance(rows, ClassBatch):
+        for first in range(0, len(rows.classes), train.micro_batch):
+            yield _classes(rows, slice(first, first + train.micro_batch), device)
     else:
         for part in _sequences(rows, train, device):
             masked = isinstance(rows, MaskedBatch)
@@ -55,6 +59,13 @@ def micro_batches(rows: Rows, train: TrainConfig, device: torch.device) -> Itera
 def _pairs(batch: PairBatch, columns: slice, device: torch.device) -> Pairs:
     parts: Sequence[Tensor] = (batch.source, batch.source_mask > 0, batch.tokens, batch.labels, batch.loss_mask)
     return Pairs(*(part[:, columns].to(device, non_blocking=True) for part in parts))
+
+
+def _classes(batch: ClassBatch, columns: slice, device: torch.device) -> MaskedTokens:
+    sequences: Sequence[Tensor] = (batch.tokens, batch.mask > 0, batch.segments)
+    tokens, real, segments = (part[:, columns].to(device, non_blocking=True) for part in sequences)
+    classes = batch.classes[columns].to(device, non_blocking=True)
+    return MaskedTokens(tokens, classes, torch.ones(len(classes), device=device), real=real, segments=segments)
 
 
 def _sequences(batch: Batch, train: TrainConfig, device: torch.device) -> Iterator[Tokens]:

@@ -35,6 +35,8 @@ BASE = ModelConfig(
 MODELS = {
     "tied encoder": replace(BASE, family="masked", tied_head=True, segments=2, head_transform=True),
     "encoder": replace(BASE, family="masked"),
+    "classifier": replace(BASE, family="classifier", classes=5, segments=2),
+    "regression": replace(BASE, family="classifier", classes=1, pooler=False),
     "three-way": replace(BASE, family="encdec", encoder_layers=2, shared_embedding=True, tied_head=True),
     "shared": replace(BASE, family="encdec", encoder_layers=2, shared_embedding=True),
     "tied": replace(BASE, family="encdec", encoder_layers=2, tied_head=True),
@@ -50,6 +52,10 @@ def batch_of(cfg: ModelConfig, seed: int = 0) -> Input:
     real[-3:, 1] = False
     if cfg.family == "masked":
         return MaskedTokens(tokens, tokens, mask, real=real[4:], segments=draw(2, 8))
+    if cfg.family == "classifier":
+        return MaskedTokens(
+            tokens, torch.tensor([0, cfg.classes - 1]), torch.ones(2), real=real[4:], segments=draw(2, 8)
+        )
     return Pairs(source, real, tokens, tokens.roll(-1), mask)
 
 

@@ -46,7 +46,7 @@ BERT = {
     r"(blocks\.\d)\.output\.dense": r"\1.ffn.down", r"(blocks\.\d)\.output\.LayerNorm": r"\1.ffn.post_norm",
     r"(?:bert|roberta)\.embeddings\.": "embed.", r"embed\.LayerNorm": "embed.norm",
     "position_embeddings": "position", "token_type_embeddings": "segment", "word_embeddings": "token",
-    r"cls\.predictions\.transform\.dense|lm_head\.dense": "transform",
+    r"cls\.predictions\.transform\.dense|lm_head\.dense": "transform.dense",
     r"cls\.predictions\.transform\.LayerNorm|lm_head\.layer_norm": "transform.norm",
     r"cls\.predictions\.bias|lm_head\.bias": "head.bias",
 }  # fmt: skip
