@@ -18,6 +18,7 @@ VERBS = {
     "convert": ("to and from Hugging Face", "megnorm.hf.commands"),
     "checkpoint": ("inspect, verify, compare checkpoints", "megnorm.checkpoint.commands"),
     "generate": ("continue a text", "megnorm.infer.commands"),
+    "translate": ("lines of text through an encoder-decoder, with BLEU", "megnorm.infer.commands"),
     "plot": ("draw a run's figures", "megnorm.metrics.commands"),
     "compare": ("several runs as a table and a figure", "megnorm.metrics.commands"),
     "norms": ("the normalization schemes: table, numbers, drawings", "megnorm.hf.schemes"),
