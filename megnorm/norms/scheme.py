@@ -299,7 +299,8 @@ def _check_layer(path: str, layer: Layer) -> None:
         factors = [getattr(part.residual, name) for part in parts]
         if any(factor.shared for factor in factors) and any(factor != factors[0] for factor in factors):
             raise SchemeError(
-                f"{path}: residual.{name}.shared: attention and ffn (and cross_attention, if declared) share a factor: declare it alike"
+                f"{path}: residual.{name}.shared: attention and ffn (and cross_attention) share a factor, so declare it "
+                "alike in all"
             )
 
 
