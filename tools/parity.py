@@ -142,12 +142,15 @@ def random_batch(config: RunConfig, step: int, index: int) -> Input:
     plain = tokens[:-1], tokens[1:], mask
     if m.family == "causal":
         return Tokens(*plain)
-    longer = s if m.family == "masked" else s + MULTIPLE * (index % 2)
+    longer = s + MULTIPLE * (index % 2) if m.family == "encdec" else s
     real = torch.ones(longer, b, dtype=torch.bool)
     real[-(index + 1) :, 0] = False
     other = torch.randint(0, m.vocab_size, (longer, b), generator=generator)
     if m.family == "encdec":
         return Pairs(other, real, *plain)
+    if m.family == "classifier":
+        classes = torch.randint(0, m.classes, (b,), generator=generator)
+        return MaskedTokens(tokens[:-1], classes, torch.ones(b), real=real, segments=other % max(m.segments, 1))
     return MaskedTokens(
         *plain, real=None if m.padding_id else real, segments=other % m.segments if m.segments else None
     )

@@ -52,6 +52,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "relative_buckets": 8,
         "relative_distance": 16,
     },
+    "classifier": {
+        "family": "classifier",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "segments": 2,
+        "classes": 3,
+        "relative_buckets": 8,
+        "relative_distance": 16,
+    },
     "nmt": {
         "family": "encdec",
         "activation": "relu",
@@ -80,7 +90,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_bias": True,
     },
 }
-TASK = {"causal": "causal", "masked": "masked", "encdec": "spans"}
+TASK = {"causal": "causal", "masked": "masked", "encdec": "spans", "classifier": "classes"}
 
 
 def schemes() -> list[str]:
