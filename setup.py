@@ -47,7 +47,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.0"],
         "flash": ["flash-attn>=2.6"],
         "mpi": MPI,
-        "eval": ["lm-eval>=0.4.5"],
+        "eval": ["lm-eval>=0.4.5", "sacrebleu>=2.4"],
         "data": DATA,
         "remote": REMOTE,
         "zstd": ZSTD,

@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from megnorm import config as configs
 from megnorm.config import RunConfig
+from megnorm.data.config import MULTIPLE
+from megnorm.models.build import Input
 from megnorm.models.causal import Tokens
+from megnorm.models.encdec import Pairs
+from megnorm.models.masked import MaskedTokens
 from megnorm.optim.clip import global_norm
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
@@ -124,15 +128,32 @@ def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataPara
     return float(total)
 
 
-def random_batch(config: RunConfig, step: int, index: int) -> Tokens:
-    """Random tokens [s, b] with a random loss mask whose sum differs between micro-batches, and padding if there is any."""
+def random_batch(config: RunConfig, step: int, index: int) -> Input:
+    """Random tokens [s, b] with a random loss mask whose sum differs between micro-batches, and padding if there is any.
+
+    Of an encoder-decoder the source is longer than the target, by a number that differs between micro-batches.
+    """
     generator = torch.Generator().manual_seed(derive(7, step, index))
-    s, b, v = config.train.sequence_length, config.train.micro_batch, config.model.vocab_size
-    tokens = torch.randint(0, v, (s + 1, b), generator=generator)
-    if config.model.padding_id is not None:
-        tokens[-(index + 1) :, 0] = config.model.padding_id
+    m, s, b = config.model, config.train.sequence_length, config.train.micro_batch
+    tokens = torch.randint(0, m.vocab_size, (s + 1, b), generator=generator)
+    if m.padding_id is not None:
+        tokens[-(index + 1) :, 0] = m.padding_id
     mask = (torch.rand(s, b, generator=generator) < (0.5 + 0.1 * index)).float()
-    return Tokens(tokens[:-1], tokens[1:], mask)
+    plain = tokens[:-1], tokens[1:], mask
+    if m.family == "causal":
+        return Tokens(*plain)
+    longer = s + MULTIPLE * (index % 2) if m.family == "encdec" else s
+    real = torch.ones(longer, b, dtype=torch.bool)
+    real[-(index + 1) :, 0] = False
+    other = torch.randint(0, m.vocab_size, (longer, b), generator=generator)
+    if m.family == "encdec":
+        return Pairs(other, real, *plain)
+    if m.family == "classifier":
+        classes = torch.randint(0, m.classes, (b,), generator=generator)
+        return MaskedTokens(tokens[:-1], classes, torch.ones(b), real=real, segments=other % max(m.segments, 1))
+    return MaskedTokens(
+        *plain, real=None if m.padding_id else real, segments=other % m.segments if m.segments else None
+    )
 
 
 def compare(serial: Trace, parallel: Trace) -> Difference:

@@ -158,30 +158,41 @@ def _affine(y: Tensor, p: Params) -> Tensor:
 
 @offer("attention", "torch", 0, _serves_all)
 def make_attention(need: Need) -> Callable[..., Tensor]:
-    """fn(q [s, b, h, hd], k, v [s, b, kv, hd], *, mask, documents, dropout) -> [s, b, h, hd], causal.
+    """fn(q [s, b, h, hd], k, v [s', b, kv, hd], *, mask, documents, dropout, causal, bias) -> [s, b, h, hd].
 
-    mask [b, 1, s, s]: True may look (causality included); None: causal. documents: lengths of packed documents, b = 1.
+    mask [b, 1, s|1, s']: True may look (causality included); None: causal, or everywhere. documents: lengths of packed
+    documents, b = 1. bias [1, h, s, s']: added to the scores, which must then have a mask or be no causal ones.
     """
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: tuple[int, ...] | None, dropout: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        documents: tuple[int, ...] | None,
+        dropout: float,
+        causal: bool = True,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if documents is not None:
             parts = zip(q.split(documents), k.split(documents), v.split(documents), strict=True)
-            return torch.cat([_softmax_attention(*part, None, dropout) for part in parts])
-        return _softmax_attention(q, k, v, mask, dropout)
+            return torch.cat([_softmax_attention(*part, None, dropout, causal) for part in parts])
+        if bias is not None:
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        return _softmax_attention(q, k, v, mask, dropout, causal)
 
     return attention
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
     out = F.scaled_dot_product_attention(
         q.permute(1, 2, 0, 3),
         k.permute(1, 2, 0, 3),
         v.permute(1, 2, 0, 3),
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=causal and mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.permute(2, 0, 1, 3)

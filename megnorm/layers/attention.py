@@ -1,6 +1,7 @@
-"""Self-attention as a sub-layer: projections, norms inside, softmax, output projection."""
+"""Self- and cross-attention as sub-layers: projections, norms inside, softmax, output projection."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,13 +22,13 @@ class SelfAttention(SubLayer):
     q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
     """
 
+    grows = True  # with every token that is decoded
+
     def __init__(self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str) -> None:
         super().__init__(spec, cfg.width, cfg.dropout, env, name)
         h, kv, hd = cfg.heads, cfg.kv, cfg.hd
         self.hd = hd
-        self.qkv = ColumnParallelLinear(
-            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.bias
-        )
+        self._build_projections(cfg, env)
         self.q_norm = norm_or_identity(spec.q, "q", h, hd, env)
         self.k_norm = norm_or_identity(spec.k, "k", kv, hd, env)
         self.v_norm = norm_or_identity(spec.v, "v", kv, hd, env)
@@ -40,8 +41,16 @@ class SelfAttention(SubLayer):
         self.attend = env.kernel("attention", head_dim=hd, dropout=cfg.attention_dropout > 0)
         self.rope = env.kernel("rope")
 
+    def _build_projections(self, cfg: ModelConfig, env: Env) -> None:
+        q, k, v = Out("q", cfg.heads, cfg.hd), Out("k", cfg.kv, cfg.hd), Out("v", cfg.kv, cfg.hd)
+        self.qkv = ColumnParallelLinear(cfg.width, (q, k, v), env, bias=cfg.bias)
+
+    def project(self, u: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """q, k and v of the sub-layer's input [s, b, d], each [s, b, rows / tp]."""
+        return self.qkv(u)
+
     def body(self, u: Tensor, context: Context) -> Tensor:
-        y = self.recompute("attention", partial(self._core, context=context), *self.qkv(u))
+        y = self.recompute("attention", partial(self._core, context=context), *self.project(u, context))
         y = self.recompute("projections", self.o, y)
         if self.scale_place == "post_projection":
             y = self.recompute("norms", self._scale_slices, y)
@@ -54,6 +63,8 @@ class SelfAttention(SubLayer):
         v = self.v_norm(v).unflatten(-1, (-1, self.hd))
         if context.rope is not None:
             q, k = self.rope(q, *context.rope), self.rope(k, *context.rope)
+        if context.cache is not None and self.grows:
+            k, v = context.cache.extend(self.core_name, k, v)
         # W_o's GEMM would make a contiguous copy of its own, which it would save beside this tensor.
         y = self.context_norm(self._attend(q, k, v, context).flatten(2).contiguous())
         return self.recompute("norms", self._scale_slices, y) if self.scale_place == "pre_projection" else y
@@ -64,7 +75,37 @@ class SelfAttention(SubLayer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         p = self.attention_dropout if self.training else 0.0
         with self.rng.as_default(self.core_name, local=True) if p > 0.0 else nullcontext():
-            return self.attend(q, k, v, mask=context.mask, documents=context.documents, dropout=p)
+            return self.attend(
+                q,
+                k,
+                v,
+                mask=context.mask,
+                documents=context.documents,
+                dropout=p,
+                causal=context.causal,
+                bias=context.bias,
+            )
+
+
+class CrossAttention(SelfAttention):
+    """Attention of a decoder to the encoder's output: q of the stream, k and v of ``Context.memory``."""
+
+    grows = False
+
+    def _build_projections(self, cfg: ModelConfig, env: Env) -> None:
+        self.query = ColumnParallelLinear(cfg.width, (Out("q", cfg.heads, cfg.hd),), env, bias=cfg.bias)
+        both = (Out("k", cfg.kv, cfg.hd), Out("v", cfg.kv, cfg.hd))
+        self.key_value = ColumnParallelLinear(cfg.width, both, env, bias=cfg.bias)
+
+    def project(self, u: Tensor, context: Context) -> tuple[Tensor, ...]:
+        memory = context.memory
+        assert memory is not None, "a decoder's context has the encoder's output"
+        if context.cache is None:
+            return *self.query(u), *self.key_value(memory)
+        return *self.query(u), *context.cache.once(self.core_name, lambda: self.key_value(memory))
+
+    def body(self, u: Tensor, context: Context) -> Tensor:
+        return super().body(u, replace(context, rope=None, mask=context.memory_mask, causal=False, bias=None))
 
 
 def _head_scale(place: str, heads: int, env: Env) -> tuple[Tensor, Layout]:
@@ -90,3 +131,14 @@ def attention_mask(tokens: Tensor, padding_id: int | None) -> Tensor | None:
     mask = causal & (tokens != padding_id).t()[:, None, None, :]
     blind = ~mask.any(-1, keepdim=True)
     return mask | (blind & torch.eye(s, dtype=torch.bool, device=tokens.device))
+
+
+def padding_mask(real: Tensor | None) -> Tensor | None:
+    """[b, 1, 1, s] bool for real tokens [s, b]: nobody looks at padding. A row that is padding alone looks everywhere, so
+    that softmax stays finite."""
+    return None if real is None else (real | ~real.any(0)).t()[:, None, None, :]
+
+
+def causal_mask(s: int, device: torch.device) -> Tensor:
+    """[1, 1, s, s] bool, for scores that have a bias as well."""
+    return torch.ones(s, s, dtype=torch.bool, device=device).tril()[None, None]

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megnorm.layers.attention import SelfAttention
+from megnorm.layers.attention import CrossAttention, SelfAttention
 from megnorm.layers.env import Context, Env
 from megnorm.layers.ffn import FeedForward
 from megnorm.models.config import ModelConfig
@@ -15,21 +15,33 @@ from megnorm.norms import scheme
 class Block(nn.Module):
     """Attention, then feed-forward: [s, b, d] -> [s, b, d]. With ``parallel_block`` both read the layer's input.
 
-    index: global, 0-based.
+    index: global in its stack, 0-based. stack: "" or the stack's path with a dot. cross: attention to ``Context.memory``
+    stands between the two.
     """
 
-    def __init__(self, layer: scheme.Layer, cfg: ModelConfig, env: Env, index: int) -> None:
+    def __init__(
+        self, layer: scheme.Layer, cfg: ModelConfig, env: Env, index: int, *, stack: str = "", cross: bool = False
+    ) -> None:
         super().__init__()
         self.parallel = cfg.parallel_block
-        self.attention = SelfAttention(layer.attention, cfg, env, f"blocks.{index}.attention")
-        self.ffn = FeedForward(layer.ffn, cfg, env, f"blocks.{index}.ffn")
+        path = f"{stack}blocks.{index}"
+        self.attention = SelfAttention(layer.attention, cfg, env, f"{path}.attention")
+        self.cross_attention: CrossAttention | None = None
+        if cross:
+            spec = layer.cross_attention or layer.attention
+            self.cross_attention = CrossAttention(spec, cfg, env, f"{path}.cross_attention")
+        self.ffn = FeedForward(layer.ffn, cfg, env, f"{path}.ffn")
         for name in ("skip", "branch"):
-            mine, other = getattr(layer.ffn.residual, name), getattr(layer.attention.residual, name)
-            if mine.shared and other.shared and mine.learned is not None:
-                setattr(self.ffn.residual, name, getattr(self.attention.residual, name))
+            first = getattr(layer.attention.residual, name)
+            if first.shared and first.learned is not None:
+                for other in (self.cross_attention, self.ffn):
+                    if other is not None:
+                        setattr(other.residual, name, getattr(self.attention.residual, name))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention(x, context, layer_input=x)
+        if self.cross_attention is not None:
+            y = self.cross_attention(y, context, layer_input=x)
         return self.ffn(y, context, layer_input=x, read=x if self.parallel else None)
 
 

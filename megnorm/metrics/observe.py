@@ -36,7 +36,7 @@ Sums = dict[str, tuple[float, float]]  # name -> (numerator, denominator) of the
 
 SUBLAYER = r"(?:.*\.)?blocks\.\d+\.(?:attention|cross_attention|ffn)"
 PLACES: tuple[tuple[Probe, str, str], ...] = (
-    ("stream_rms", "output", rf"(?P<at>embed|{SUBLAYER})"),
+    ("stream_rms", "output", rf"(?P<at>(?:\w+\.)?embed|{SUBLAYER})"),
     ("branch_rms", "output", rf"(?P<at>{SUBLAYER})\.(?:o|down)"),
     ("norm_rms", "input", r"(?P<at>.*norm)"),
     ("norm_rms", "output", r"(?P<at>.*norm)"),

@@ -1,6 +1,8 @@
 """The causal language model: embedding, blocks, final norm, head, as the slice that one pipeline stage holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,14 @@ from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
-from megnorm.layers.loss import cross_entropy
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import rope_table, token_positions
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import padded_vocabulary
-from megnorm.norms.resolve import Resolved, resolve
+from megnorm.models.family import resolve_model
+from megnorm.norms.resolve import Resolved
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class CausalLM(nn.Module):
             *([self.final_norm, self.head] if self.last else []),
         ]
 
-    def edge(self, batch: Tokens) -> tuple[tuple[int, ...], torch.dtype]:
+    def edge(self, batch: Tokens, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
         """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d])."""
         s, b = batch.tokens.shape
         return (s // self.env.mesh.sp.size, b, self.cfg.width), self.env.compute or self.env.dtype
@@ -91,13 +95,16 @@ class CausalLM(nn.Module):
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.last else x
 
+    def states(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
+        """The stream behind this stage; behind the last one what the head reads."""
+        return self.hidden(batch.tokens, batch.positions, batch.documents, carry)
+
     def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
         """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: the stream."""
-        x = self.hidden(batch.tokens, batch.positions, batch.documents, carry)
+        x = self.states(batch, carry)
         if not self.last:
             return x
-        logits = self.head(x)
-        losses = cross_entropy(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
+        losses = self.head.token_losses(x, batch.labels, self.cfg.label_smoothing if self.training else 0.0)
         return (losses * batch.loss_mask).sum()
 
     @torch.no_grad()
@@ -115,14 +122,28 @@ def build_model(
     vocab_multiple: int = 64,
     layers: tuple[int, int] | None = None,
 ) -> CausalLM:
-    """The model of a config with its initial weights, or the stage that holds ``layers`` [first, last).
+    """A causal model with its initial weights, or the stage that holds ``layers`` [first, last). See ``initialized``."""
+    return initialized(CausalLM, cfg, env, seed=seed, resolved=resolved, vocab_multiple=vocab_multiple, layers=layers)
+
+
+def initialized(
+    kind: Callable[[ModelConfig, Resolved, int, Env, tuple[int, int] | None], M],
+    cfg: ModelConfig,
+    env: Env | None = None,
+    *,
+    seed: int = 0,
+    resolved: Resolved | None = None,
+    vocab_multiple: int = 64,
+    layers: tuple[int, int] | None = None,
+) -> M:
+    """A model of class ``kind`` with its initial weights, or the stage that holds ``layers`` [first, last).
 
     env None: one process, fp32, CPU. resolved None: resolve the config's scheme. The vocabulary is stored in the least
     multiple of vocab_multiple * tp rows that holds it.
     """
     env = env or Env()
-    resolved = resolved or resolve(cfg.norm, cfg.layers)
+    resolved = resolved or resolve_model(cfg)
     padded = padded_vocabulary(cfg.vocab_size, vocab_multiple, env.mesh.tp.size)
-    model = CausalLM(cfg, resolved, padded, env, layers)
+    model = kind(cfg, resolved, padded, env, layers)
     initialize(model, cfg, resolved, seed)
     return model

@@ -107,7 +107,7 @@ class DataParallel:
         offsets: list[int] = []
         self.buckets: list[Bucket] = []
         # A bucket lies in one stage, and holds what is summed during backward or what is deferred, not both.
-        for run in _runs([(stage_of[id(p)], _needs_other_stages(p)) for p in params]):
+        for run in _runs([(stage_of[id(p)], _tie(p)) for p in params]):
             base = self.buckets[-1].stop if self.buckets else 0
             starts, ranges = pack([p.numel() for p in params[run.start : run.stop]], limit, parts)
             offsets += [base + start for start in starts]
@@ -116,7 +116,7 @@ class DataParallel:
                 start, stop = base + found.start, base + found.stop
                 length = (stop - start) // parts
                 first = start + (mesh.dp.rank * length if self.shard else 0)
-                stage, deferred = stage_of[id(held[0])], _needs_other_stages(held[0])
+                stage, deferred = stage_of[id(held[0])], bool(_tie(held[0]))
                 self.buckets.append(Bucket(start, stop, (first, first + length), stage, held, deferred))
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.params}
         self._fill(dict(zip(map(id, params), offsets, strict=True)), compute, accumulate)
@@ -128,12 +128,13 @@ class DataParallel:
 
     @staticmethod
     def _order(stages: Mapping[int, nn.Module]) -> tuple[list[nn.Parameter], dict[int, int]]:
-        """Parameters as backward reaches them: last stage first, each from its end; deferred ones behind all."""
+        """Parameters as backward reaches them: last stage first, each from its end; deferred ones behind all, in an order
+        that is the same on all ranks that sum them."""
         found: dict[int, tuple[int, nn.Parameter]] = {}
         for index in sorted(stages, reverse=True):
             for param in reversed(list(stages[index].parameters())):
                 found.setdefault(id(param), (index, param))
-        order = sorted(found.values(), key=lambda item: _needs_other_stages(item[1]))
+        order = sorted(found.values(), key=lambda item: _tie(item[1]))
         return [param for _, param in order], {key: index for key, (index, _) in found.items()}
 
     def _fill(self, offsets: Mapping[int, int], compute: torch.dtype, accumulate: torch.dtype) -> None:
@@ -289,8 +290,10 @@ class DataParallel:
                 unit.register_forward_pre_hook(partial(self._wait_for, buckets))
 
 
-def _needs_other_stages(param: nn.Parameter) -> bool:
-    return any(matrix.grad_sum == "ends" for matrix in layout_of(param).matrices)
+def _tie(param: nn.Parameter) -> str:
+    """The axis of pipeline stages over which a parameter's gradient is summed, or "" for none."""
+    axes = {matrix.grad_sum for matrix in layout_of(param).matrices} - {None, "tp", "kv"}
+    return min(filter(None, axes), default="")
 
 
 def _runs(keys: Sequence[Any]) -> list[slice]:

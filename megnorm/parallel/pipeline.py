@@ -29,8 +29,8 @@ class Stage(Protocol):
         """carry: what the stage before gave, None for the first. The last stage gives a scalar loss."""
         ...
 
-    def edge(self, batch: Any) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of what travels between stages for this micro-batch."""
+    def edge(self, batch: Any, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what this stage gets from the one before (into), or gives, for this micro-batch."""
         ...
 
 
@@ -106,8 +106,7 @@ class _Messages:
         batches: Sequence[Any],
         mesh: Mesh,
     ) -> None:
-        self.schedule, self.mesh, self.batches = schedule, mesh, batches
-        self.stage = next(iter(stages.values()))
+        self.schedule, self.mesh, self.stages, self.batches = schedule, mesh, stages, batches
         self.due = deque(action for action in actions if schedule.source(action) is not None)
         self.posted: dict[Action, tuple[Tensor, dist.Work]] = {}
         self.sent: dict[Action, tuple[Tensor, dist.Work]] = {}  # by the action that takes it
@@ -143,7 +142,7 @@ class _Messages:
     def _post(self, action: Action) -> None:
         source = self.schedule.source(action)
         assert source is not None
-        shape, dtype = self.stage.edge(self.batches[action.micro_batch])
+        shape, dtype = self.stages[action.stage].edge(self.batches[action.micro_batch], into=action.kind == "F")
         message = torch.empty(shape, dtype=dtype, device=self.mesh.device)
         rank = self.schedule.placement[source.stage]
         work = dist.irecv(message, group_src=rank, group=self._group(action.kind, rank), tag=self._tag(action))

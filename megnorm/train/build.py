@@ -2,37 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megnorm.checkpoint.saver import own_barrier
-from megnorm.data.batch import Batch
-from megnorm.data.choose import open_split
-from megnorm.data.loader import Loader
+from megnorm.data.choose import Samples, open_split
+from megnorm.data.classes import ClassLoader
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
-from megnorm.models.causal import CausalLM, build_model
+from megnorm.models.build import Model, build_model
 from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
-from megnorm.parallel.layout import Named, named_matrices
+from megnorm.parallel.layout import Named, named_matrices, share_copies
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
-from megnorm.plan import Plan
+from megnorm.plan import Plan, PlanError
 from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-
-
-class Samples(Protocol):
-    """What a step needs of a loader."""
-
-    def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> Batch: ...
-    def state(self, consumed_samples: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -45,7 +37,7 @@ class Run:
 
     plan: Plan
     mesh: Mesh
-    stages: dict[int, CausalLM]
+    stages: dict[int, Model]
     named: list[Named]
     pipeline: Pipeline
     rng: DropoutRng
@@ -111,10 +103,11 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
         device=device,
         sequence_parallel=plan.sequence_parallel,
         keep_gathered=parallel.keep_gathered,
+        ties=plan.ties,
     )
 
 
-def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRng]:
+def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, Model], DropoutRng]:
     """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and the place of their dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
@@ -131,6 +124,7 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
         )
         for index in own_stages(plan, mesh)
     }
+    share_copies(stages.values())
     return stages, rng
 
 
@@ -139,7 +133,7 @@ def own_stages(plan: Plan, mesh: Mesh) -> range:
     return range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
 
 
-def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParallel:
+def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, Model]) -> DataParallel:
     """Flat storage of the stages in the precision of the run."""
     parallel, compute = plan.config.parallel, DTYPES[plan.config.train.precision]
     return DataParallel(
@@ -152,7 +146,7 @@ def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParal
     )
 
 
-def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Loader:
+def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Samples:
     """The loader of a split; state: of the checkpoint that the run continues, after ``done`` steps."""
     config, t = plan.config, plan.config.train
     used = 0 if state is None else state["samples"]
@@ -165,5 +159,9 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, do
         samples=t.consumed_after(t.steps - done, used) if split == "train" else used + t.eval_batches * t.global_batch,
         state=state,
     )
-    assert isinstance(loader, Loader)  # the plan refuses a task that the model cannot use
+    if isinstance(loader, ClassLoader) and (found := len(loader.classes) or 1) != config.model.classes:
+        what = f"{found} classes" if loader.classes else "numbers"
+        raise PlanError(
+            f"model.classes={config.model.classes}, but data.path has {what} as labels; set model.classes={found}"
+        )
     return loader

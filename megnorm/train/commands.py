@@ -49,18 +49,19 @@ def describe(plan: Plan) -> str:
     climb = (
         f", batches from {ramp.start} by {ramp.increment} over the first {ramp.samples} samples" if ramp.start else ""
     )
+    stacks = f"{m.source_layers} encoder and {m.layers} decoder layers" if m.source_layers else f"{m.layers} layers"
     lines = [
         f"scheme          {plan.resolved.scheme}, {m.norm.kind}",
-        f"model           {m.layers} layers, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
+        f"model           {stacks}, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
         f"feed-forward    {m.ffn} {m.activation}",
         f"vocabulary      {m.vocab_size}, stored as {plan.padded_vocab}; head {'tied' if m.tied_head else 'untied'}",
         f"parameters      {plan.parameters:,}",
         *(f"  {role:<14}{count:,}" for role, count in sorted(plan.parameters_by_role.items(), key=lambda x: -x[1])),
         f"ranks           {plan.world}: tp {config.parallel.tp} x pp {config.parallel.pp} x dp {plan.dp}"
         + (", sequence parallel" if plan.sequence_parallel else ""),
-        f"step            {config.train.global_batch} sequences of {config.train.sequence_length}: {plan.tokens_per_step:,} "
+        f"step            {config.train.global_batch} sequences of {plan.tokens_per_sample}: {plan.tokens_per_step:,} "
         f"tokens in {plan.micro_batches} micro-batches a rank, {config.train.precision}",
-        f"run             {t.steps} steps, {t.consumed_after(t.steps) * t.sequence_length:,} tokens{climb}",
+        f"run             {t.steps} steps, {t.consumed_after(t.steps) * plan.tokens_per_sample:,} tokens{climb}",
         f"folder          {config.train.out}",
         f"Hugging Face    {native_target(plan)}",
     ]
@@ -89,6 +90,8 @@ def describe_pipeline(plan: Plan) -> list[str]:
 
 def native_target(plan: Plan) -> str:
     """The class that ``megnorm convert --to hf`` would choose."""
+    if plan.config.model.family != "causal":
+        return f"no class for model.family={plan.config.model.family} yet"
     family, _ = choose(plan.config.model, plan.resolved)
     return family.architecture if family else "MegnormForCausalLM (code travels with the model)"
 

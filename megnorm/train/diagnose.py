@@ -153,9 +153,11 @@ def _gradients(facts: list[Any]) -> str:
 
 
 def depth(name: str) -> int:
-    """Where a logical name stands in the order of the model: -1 before the blocks, then the block, then behind all."""
+    """Where a logical name stands in the order of the model: -1 before the blocks, then the block, then behind all of its
+    stack; the decoder's behind the encoder's."""
     block = re.match(r"(?:.*\.)?blocks\.(\d+)\.", name)
-    return int(block[1]) if block else -1 if name.startswith("embed.") else 1 << 30
+    place = int(block[1]) if block else -1 if re.match(r"(?:\w+\.)?embed\.", name) else 1 << 20
+    return place + ((1 << 21) if name.startswith(("decoder.", "head.")) else 0)
 
 
 def _largest(named: Sequence[Named], mesh: Mesh) -> str:

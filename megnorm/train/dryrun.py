@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from megnorm.layers.env import Env
-from megnorm.models.causal import CausalLM
+from megnorm.models.build import FAMILIES, Model
 from megnorm.optim.muon import takes
 from megnorm.parallel.data_parallel import DataParallel
-from megnorm.parallel.layout import named_matrices
+from megnorm.parallel.layout import named_matrices, share_copies
 from megnorm.parallel.mesh import Axis, Mesh
 from megnorm.plan import Plan
 from megnorm.train.build import DTYPES, flatten, own_stages
@@ -59,10 +59,12 @@ def memory(plan: Plan) -> Iterator[Memory]:
 def _place(plan: Plan, mesh: Mesh) -> Memory:
     compute = DTYPES[plan.config.train.precision]
     env = Env(mesh, torch.promote_types(compute, torch.float32))
+    m = plan.config.model
     stages = {
-        index: CausalLM(plan.config.model, plan.resolved, plan.padded_vocab, env, plan.stages[index])
+        index: FAMILIES[m.family](m, plan.resolved, plan.padded_vocab, env, plan.stages[index])
         for index in own_stages(plan, mesh)
     }
+    share_copies(stages.values())
     flat = flatten(plan, mesh, stages)
     lowered = env.dtype != compute
     held, moments = _shares(plan, flat, stages)
@@ -72,7 +74,7 @@ def _place(plan: Plan, mesh: Mesh) -> Memory:
     )
 
 
-def _shares(plan: Plan, flat: DataParallel, stages: dict[int, CausalLM]) -> tuple[np.ndarray, np.ndarray]:
+def _shares(plan: Plan, flat: DataParallel, stages: dict[int, Model]) -> tuple[np.ndarray, np.ndarray]:
     """By dp rank: elements of the ranges that it updates, and moments kept for them (none for padding)."""
     parts = plan.dp if flat.shard else 1
     edges = np.stack([np.linspace(b.start, b.stop, parts + 1, dtype=np.int64) for b in flat.buckets])

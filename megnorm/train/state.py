@@ -17,6 +17,7 @@ from megnorm.train import report
 from megnorm.train.build import Run, open_data
 
 log = logging.getLogger("megnorm")
+NEW = ("classifier.", "pooler.")
 
 
 def shards(run: Run, *, owned: bool) -> list[Shard]:
@@ -80,6 +81,10 @@ def start_from(run: Run, source: Path) -> None:
         raise io.CheckpointError(f"checkpoint.init_from: {folder} holds no whole checkpoint; name another run")
     run.flat.wait_weights()
     weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith("optim.")]
+    if run.plan.config.model.family == "classifier":
+        there = set(io.available(path))
+        # A classifier begins as the encoder of a masked language model, with scores of its own.
+        weights = [shard for shard in weights if shard.name in there or not shard.name.startswith(NEW)]
     io.load(path, weights, verify=run.plan.config.checkpoint.verify, convert=True)
     run.flat.publish()
     log.info("weights from %s; optimizer, data and step start anew", path)

@@ -8,14 +8,15 @@ from functools import partial
 
 import torch
 
-from megnorm.models.causal import Tokens
+from megnorm.models.build import Input
 from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
 from megnorm.parallel.collectives import all_reduce
 from megnorm.train.build import Run
 from megnorm.train.diagnose import explain
 from megnorm.train.guard import Trouble
-from megnorm.train.passes import forward_backward, global_tokens, loss_sum, micro_batches, own_rows, repeat
+from megnorm.train.passes import forward_backward, loss_sum, repeat
+from megnorm.train.rows import global_tokens, label_count, micro_batches, own_rows
 
 log = logging.getLogger("megnorm")
 
@@ -91,7 +92,7 @@ def _update(run: Run, norm: float, lr: float) -> None:
     run.updates += 1
 
 
-def _explain(run: Run, trouble: Trouble, loss: float, parts: list[Tokens], tokens: int) -> None:
+def _explain(run: Run, trouble: Trouble, loss: float, parts: list[Input], tokens: int) -> None:
     """Say on rank 0 where the trouble came from; collective. loss: this rank's part of it."""
     t = run.plan.config.train
     first = run.consumed + run.mesh.dp.rank * (t.batch_at(run.consumed) // run.mesh.dp.size)
@@ -116,7 +117,7 @@ def evaluate(run: Run) -> float:
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for i in range(t.eval_batches):
         batch = own_rows(run, run.valid_data, i * t.global_batch, t.global_batch)
-        tokens = batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)
-        sums += torch.stack([loss_sum(run, list(micro_batches(batch, t, mesh.device))), tokens])
+        parts = list(micro_batches(batch, t, mesh.device))
+        sums += torch.stack([loss_sum(run, parts), label_count(batch).to(mesh.device)])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megnorm.config import RunConfig
+from megnorm.data.config import DataConfig
 from megnorm.models.config import ModelConfig
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
@@ -30,6 +31,66 @@ MODELS: dict[str, dict[str, Any]] = {
         "embedding_scale": "sqrt_width",
     },
 }
+# Other families, likewise: what is tied over which stages differs, and so do positions.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {
+        "family": "masked",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "tied_head": True,
+        "head_bias": True,
+        "segments": 2,
+        "head_transform": True,
+    },
+    "roberta": {
+        "family": "masked",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "padding_id": 1,
+        "relative_buckets": 8,
+        "relative_distance": 16,
+    },
+    "classifier": {
+        "family": "classifier",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "segments": 2,
+        "classes": 3,
+        "relative_buckets": 8,
+        "relative_distance": 16,
+    },
+    "nmt": {
+        "family": "encdec",
+        "activation": "relu",
+        "positions": "sinusoidal",
+        "embedding_scale": "sqrt_width",
+        "bias": True,
+        "shared_embedding": True,
+        "tied_head": True,
+        "label_smoothing": 0.1,
+    },
+    "t5": {
+        "family": "encdec",
+        "activation": "geglu_tanh",
+        "positions": "none",
+        "relative_buckets": 8,
+        "relative_distance": 16,
+        "shared_embedding": True,
+    },
+    "bart": {
+        "family": "encdec",
+        "encoder_layers": 3,
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "tied_head": True,
+        "head_bias": True,
+    },
+}
+TASK = {"causal": "causal", "masked": "masked", "encdec": "spans", "classifier": "classes"}
 
 
 def schemes() -> list[str]:
@@ -53,12 +114,16 @@ def config(
     """
     name, options = OPTIONS.get(scheme, (scheme, {}))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
-    layers = max(layers, parallel.get("pp", 1) * parallel.get("virtual_stages", 1))
+    chosen = (MODELS | FAMILIES)[model]
+    family = chosen.get("family", "causal")
+    stages = parallel.get("pp", 1) * parallel.get("virtual_stages", 1)
+    layers = max(layers, -(-stages // 2) if family == "encdec" else stages)
     sizes = ModelConfig(layers=layers, width=32, heads=4, kv_heads=kv, ffn=48, vocab_size=97, max_positions=16)
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
     modes = tuple(recompute.split("+")) if recompute else ()
     return RunConfig(
-        model=replace(sizes, norm=norm, **MODELS[model]),
+        model=replace(sizes, norm=norm, **chosen),
+        data=DataConfig(task=TASK[family]),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(
             sequence_length=8,
