@@ -20,9 +20,11 @@ LEAST: dict[str, dict[str, int]] = {
     "model": dict.fromkeys(
         ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "max_positions"), 1
     ),
+    "model.moe": {"experts": 0, "top_k": 1, "ffn": 1, "shared_ffn": 0, "first": 0, "every": 1}
+    | dict.fromkeys(("balance_loss", "z_loss", "bias_rate"), 0),
     "model.init": dict.fromkeys(("std", "embedding_std", "position_std", "head_std"), 0),
     "model.norm": {"eps": 0},
-    "parallel": dict.fromkeys(("tp", "pp", "dp", "virtual_stages", "vocab_multiple"), 1),
+    "parallel": dict.fromkeys(("tp", "pp", "dp", "ep", "virtual_stages", "vocab_multiple"), 1),
     "optim": dict.fromkeys(("lr", "min_lr", "warmup_start_lr", "eps", "weight_decay", "clip"), 0)
     | dict.fromkeys(("loss_scale", "loss_scale_window"), 1),
     "train": dict.fromkeys(
@@ -139,6 +141,23 @@ def check_model(m: ModelConfig) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0.0 <= getattr(m, name) < 1.0:
             raise PlanError(f"model.{name}={getattr(m, name)} must be in [0, 1)")
+    if m.moe.experts:
+        _check_experts(m)
+
+
+def _check_experts(m: ModelConfig) -> None:
+    moe = m.moe
+    if moe.top_k > moe.experts:
+        raise PlanError(f"model.moe.top_k={moe.top_k} is more than model.moe.experts={moe.experts}; use at most that many")
+    if not m.sparse_layers:
+        raise PlanError(
+            f"model.moe: none of the {m.layers} layers is sparse with first={moe.first} and every={moe.every}; lower one of "
+            "them, or set model.moe.experts=0"
+        )
+    if moe.capacity is not None and not moe.capacity > 0:
+        raise PlanError(f"model.moe.capacity is {moe.capacity}; it must be above 0, or null to serve every token")
+    if not moe.scale > 0:
+        raise PlanError(f"model.moe.scale is {moe.scale}; it must be above 0")
 
 
 def check_scheme(m: ModelConfig, resolved: Resolved) -> None:
@@ -269,7 +288,28 @@ def _check_layout(config: RunConfig, world: int) -> int:
         raise PlanError(
             f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {_near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
         )
+    _check_expert_layout(config, dp)
     return dp
+
+
+def _check_expert_layout(config: RunConfig, dp: int) -> None:
+    m, tp, ep = config.model, config.parallel.tp, config.parallel.ep
+    if ep > 1 and not m.moe.experts:
+        raise PlanError(f"parallel.ep={ep} shares experts, but model.moe.experts is 0; set one of them otherwise")
+    if not m.moe.experts:
+        return
+    if dp % ep:
+        raise PlanError(f"parallel.ep={ep} does not divide the {dp} data-parallel ranks; use {_near(dp, ep)}")
+    if m.moe.experts % ep:
+        raise PlanError(
+            f"parallel.ep={ep} does not divide model.moe.experts={m.moe.experts}; use {_near(m.moe.experts, ep)}"
+        )
+    for key, width in (("ffn", m.expert_ffn), ("shared_ffn", m.moe.shared_ffn)):
+        if width % tp:
+            raise PlanError(
+                f"model.moe.{key}: {width} is not divisible by parallel.tp={tp}; use {_near(width, tp)}, or "
+                f"model.moe.{key}={-(-width // tp) * tp}"
+            )
 
 
 def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> int:
@@ -331,10 +371,11 @@ def _stages(config: RunConfig, ranks: int) -> tuple[tuple[int, int], ...]:
 
 def unit_costs(config: RunConfig) -> tuple[int, ...]:
     """Training FLOPs a token of embedding, each layer, and head; the projections of a layer and its FFN."""
-    m = config.model
-    attention = m.heads * m.hd
-    block = m.width * (2 * attention + 2 * m.kv * m.hd + (3 if m.gated else 2) * m.ffn)
-    return balance.unit_costs(m.layers, block, attention, config.train.sequence_length, m.width * m.vocab_size)
+    m, s = config.model, config.train.sequence_length
+    attention, head = m.heads * m.hd, m.width * m.vocab_size
+    projections = m.width * (2 * attention + 2 * m.kv * m.hd)
+    layers = [balance.unit_costs(1, projections + m.ffn_weights(i), attention, s, head) for i in range(m.layers)]
+    return (0, *(unit[1] for unit in layers), layers[0][2])
 
 
 def _check_ramp(config: RunConfig, dp: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megnorm.layers.attention import SelfAttention
 from megnorm.layers.env import Context, Env
 from megnorm.layers.ffn import FeedForward
+from megnorm.layers.moe import MoE
 from megnorm.models.config import ModelConfig
 from megnorm.norms import scheme
 
@@ -22,7 +23,8 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = cfg.parallel_block
         self.attention = SelfAttention(layer.attention, cfg, env, f"blocks.{index}.attention")
-        self.ffn = FeedForward(layer.ffn, cfg, env, f"blocks.{index}.ffn")
+        feed_forward = MoE if cfg.sparse(index) else FeedForward
+        self.ffn = feed_forward(layer.ffn, cfg, env, f"blocks.{index}.ffn")
         for name in ("skip", "branch"):
             mine, other = getattr(layer.ffn.residual, name), getattr(layer.attention.residual, name)
             if mine.shared and other.shared and mine.learned is not None:

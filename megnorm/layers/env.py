@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megnorm.kernels import backends, registry
+from megnorm.layers.dispatch import Routing
 from megnorm.layers.recompute import Recompute
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.rng import DropoutRng
@@ -49,9 +50,11 @@ class Context:
     """What one forward pass of the blocks shares.
 
     rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] bool, True may look; None: causal alone.
-    documents: lengths of packed documents (b = 1) that do not see each other.
+    documents: lengths of packed documents (b = 1) that do not see each other. routing: for sparse layers; None: there are
+    none, or their losses are not asked for.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     documents: tuple[int, ...] | None = None
+    routing: Routing | None = None

@@ -1,10 +1,13 @@
-"""What a model holds, from its sizes alone: parameters by role, rows of a padded vocabulary. No torch."""
+"""What a model holds, from its sizes alone: parameters by role, those that a token meets, rows of a padded vocabulary.
+
+No torch.
+"""
 
 from typing import Any
 
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
-from megnorm.norms.scheme import Norm
+from megnorm.norms.scheme import FFN, Norm
 
 
 def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
@@ -13,8 +16,13 @@ def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
     return -(-vocab_size // step) * step
 
 
-def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:
-    """Logical parameters by role, as the built model has them."""
+def active_parameters(m: ModelConfig, resolved: Resolved) -> int:
+    """Parameters that one token meets: of the experts of a layer those that it chooses."""
+    return sum(count_parameters(m, resolved, experts=min(m.moe.top_k, m.moe.experts)).values())
+
+
+def count_parameters(m: ModelConfig, resolved: Resolved, *, experts: int | None = None) -> dict[str, int]:
+    """Logical parameters by role, as the built model has them. experts: counted in each sparse layer; None: all."""
     counts: dict[str, int] = {}
 
     def add(role: str, n: int) -> None:
@@ -32,21 +40,30 @@ def count_parameters(m: ModelConfig, resolved: Resolved) -> dict[str, int]:
     add("bias", m.vocab_size if m.head_bias else 0)
     for value in (resolved.embedding, resolved.final):
         norm(value, 1, d)
-    for layer in resolved.layers:
+    def feed_forward(spec: FFN, width: int, times: int = 1) -> None:
+        for role in ("gate", "up") if m.gated else ("up",):
+            add(role, times * width * d)
+            add("bias", times * width if m.bias else 0)
+        add("down", times * width * d)
+        add("bias", times * d if m.bias else 0)
+        for _ in range(times):
+            norm(spec.inner, width, 1)
+
+    for i, layer in enumerate(resolved.layers):
         for role, rows, columns in (("q", h * hd, d), ("k", kv * hd, d), ("v", kv * hd, d), ("o", d, h * hd)):
             add(role, rows * columns)
             add("bias", rows if m.bias else 0)
-        for role in ("gate", "up") if m.gated else ("up",):
-            add(role, m.ffn * d)
-            add("bias", m.ffn if m.bias else 0)
-        add("down", m.ffn * d)
-        add("bias", d if m.bias else 0)
         a, f = layer.attention, layer.ffn
+        if m.sparse(i):
+            feed_forward(f, m.expert_ffn, m.moe.experts if experts is None else experts)
+            add("router", m.moe.experts * d)
+        common = m.moe.shared_ffn if m.sparse(i) else m.ffn
+        if common:
+            feed_forward(f, common)
         for value in (a.input, a.output, a.post, f.input, f.output, f.post):
             norm(value, 1, d)
         for value, units in ((a.q, h), (a.k, kv), (a.v, kv), (a.context, h)):
             norm(value, units, hd)
-        norm(f.inner, m.ffn, 1)
         add("scale", h if a.head_scale else 0)
         for part in (a, f):
             for scale in (part.residual.skip, part.residual.branch):

@@ -1,12 +1,13 @@
 """The mesh of ranks: axes pp, dp, tp, kv (ranks of a tp group that hold the same key/value heads) and ends (the first and
-the last stage, which share a tied embedding).
+the last stage, which share a tied embedding). dp is edp x ep: ep ranks share the experts of sparse layers, and edp ranks
+hold the same ones.
 
 A mesh is passed as an argument; there is no global state. An axis of size 1 has no group and costs nothing.
 """
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -26,7 +27,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads.
+    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads. ep and
+    edp split dp, of which ep ranks are neighbours.
 
     ends: of the ranks that differ in pp alone the first and the last; size 1 between them.
     lanes: groups over pp for messages of each kind ("F", "B") from senders of each parity; empty: pp's own group.
@@ -36,6 +38,8 @@ class Mesh:
     dp: Axis = Axis("dp")
     tp: Axis = Axis("tp")
     kv: Axis = Axis("kv")
+    ep: Axis = Axis("ep")
+    edp: Axis = Axis("edp")
     ends: Axis = Axis("ends")
     lanes: Mapping[tuple[str, int], dist.ProcessGroup] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
@@ -64,16 +68,20 @@ def build_mesh(
     tp: int,
     pp: int,
     dp: int,
+    ep: int = 1,
     kv_heads: int,
     device: torch.device,
     sequence_parallel: bool = False,
     keep_gathered: bool = False,
 ) -> Mesh:
-    """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that)."""
+    """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that).
+
+    ep: divides dp.
+    """
     if tp * pp * dp == 1:
         return Mesh(device=device)
     everyone = dist.group.WORLD
-    axes = _axes(everyone, tp, pp, dp, max(1, tp // kv_heads), device.type)
+    axes = _axes(everyone, tp, pp, dp, ep, max(1, tp // kv_heads), device.type)
     lines = _pipelines(pp, dp * tp)
     ends, lanes = _ends(everyone, lines), _lanes(everyone, lines) if device.type == "cuda" and pp > 1 else {}
     return Mesh(*axes, ends, lanes, device, sequence_parallel and tp > 1, keep_gathered)
@@ -117,19 +125,23 @@ def _own_group(members: list[list[int]]) -> dist.ProcessGroup | None:
 
 @functools.cache
 def _axes(
-    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, replicas: int, device_type: str
-) -> tuple[Axis, Axis, Axis, Axis]:
-    """The axes pp, dp, tp, kv over the ranks of ``everyone``. Groups cost threads: the same layout is made once."""
-    names = ("pp", "dp", "head", "kv")
-    mesh = init_device_mesh(device_type, (pp, dp, tp // replicas, replicas), mesh_dim_names=names)
+    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, ep: int, replicas: int, device_type: str
+) -> tuple[Axis, Axis, Axis, Axis, Axis, Axis]:
+    """The axes pp, dp, tp, kv, ep, edp over the ranks of ``everyone``. Groups cost threads: a layout is made once."""
+    names = ("pp", "edp", "ep", "head", "kv") if ep > 1 else ("pp", "dp", "head", "kv")
+    data = (dp // ep, ep) if ep > 1 else (dp,)
+    mesh = init_device_mesh(device_type, (pp, *data, tp // replicas, replicas), mesh_dim_names=names)
     flat = mesh["head", "kv"]._flatten("tp")
+    replicated = mesh["edp", "ep"]._flatten("dp") if ep > 1 else mesh["dp"]
 
     def axis(name: str, source: DeviceMesh) -> Axis:
         group = source.get_group()
         size = dist.get_world_size(group)
         return Axis(name, size, dist.get_rank(group), group if size > 1 else None)
 
-    return axis("pp", mesh["pp"]), axis("dp", mesh["dp"]), axis("tp", flat), axis("kv", mesh["kv"])
+    every = axis("dp", replicated)
+    experts = (axis("ep", mesh["ep"]), axis("edp", mesh["edp"])) if ep > 1 else (Axis("ep"), replace(every, name="edp"))
+    return axis("pp", mesh["pp"]), every, axis("tp", flat), axis("kv", mesh["kv"]), *experts
 
 
 def stage_axis(mesh: Mesh) -> Axis:

@@ -107,6 +107,7 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
         tp=parallel.tp,
         pp=parallel.pp,
         dp=plan.dp,
+        ep=parallel.ep,
         kv_heads=plan.config.model.kv,
         device=device,
         sequence_parallel=plan.sequence_parallel,

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from goldens import placement
 from goldens.case import NEUTRAL, Case, NotCovered, choose, field, take, with_defaults, with_ends
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 
@@ -32,10 +32,20 @@ OUTSIDE = {
 }  # fmt: skip
 
 
+# What goldens with experts do not say, being all alike: experts are down(silu(gate x) * (up x)), without biases.
+SPARSE = {"norm_bias": False, "embedding_norm": False, "activation": "swiglu", "linear_bias": False}
+ROUTER = "softmax over all experts in full precision, top-k probabilities used as they are (not renormalised)"
+
+
 def case(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
     """A neutral golden. Raises NotCovered, or ValueError if it says something the format does not document."""
     config = data["config"]
     _refuse(config, tensors)
+    if "experts" in config:
+        if not str(field(config, "router")).startswith(ROUTER):
+            raise ValueError(f"config.router: '{config['router']}' is not documented; known is '{ROUTER}'")
+        config = {**SPARSE, "ffn_hidden": field(config, "expert_ffn_hidden"), **config}
+        tensors = dict(_by_expert(tensors))
     stack = {**config, **config.get("decoder", {})}
     norm, own = _norm(stack)
     defaults = {
@@ -67,10 +77,18 @@ def _refuse(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     kind = config.get("kind", "decoder-only")
     if kind != "decoder-only":
         raise NotCovered(f"{kind} model")
-    if "experts" in config or any(".experts." in name for name in tensors):
-        raise NotCovered("mixture of experts")
     if config.get("relative_bias") is not None or "weight/attention.relative_bias.weight" in tensors:
         raise NotCovered("relative position bias")
+
+
+def _by_expert(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with those [expert, out, in] as one for each expert."""
+    for name, tensor in tensors.items():
+        stem, found, role = name.partition(".experts.")
+        if found:
+            yield from ((f"{stem}.experts.{e}.{role}.weight", part) for e, part in enumerate(tensor))
+        else:
+            yield name, tensor
 
 
 def _norm(stack: Mapping[str, Any]) -> tuple[NormConfig, str]:
@@ -147,6 +165,7 @@ def _model(stack: Mapping[str, Any], norm: NormConfig, tensors: Mapping[str, Ten
         bias=bool(field(stack, "linear_bias")),
         head_bias="weight/lm_head.bias" in tensors,
         norm=norm,
+        moe=MoEConfig(experts=stack.get("experts", 0), top_k=stack.get("experts_per_token", 1)),
     )
 
 
@@ -156,6 +175,8 @@ def canonical(name: str, own: str) -> str:
     outside, _, leaf = name.rpartition(".")
     if outside in OUTSIDE:
         return f"{OUTSIDE[outside]}.{leaf}"
+    if sparse := re.fullmatch(r"block(\d+)\.(ffn\.(?:router|experts\.\d+\.(?:up|gate|down))\.weight)", name):
+        return f"blocks.{sparse[1]}.{sparse[2]}"
     match = re.fullmatch(r"block(\d+)\.(attention|ffn)\.(\w+?)(\.weight|\.bias)?", name)
     if match is None:
         raise ValueError(f"the parameter '{name}' is not documented")
