@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -91,7 +92,8 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
             every=config.metrics.probe_every,
             reduce_sum=lambda x: all_reduce(x, mesh.tp),
             reduce_activations=lambda x: all_reduce(all_reduce(x, mesh.tp), mesh.dp),
-            gather=lambda sums: gather_objects(sums, mesh.pp),
+            gather=lambda sums: chain(*gather_objects(gather_objects(sums, mesh.ep), mesh.pp)),
+            counts=lambda matrix: matrix.replicas == "edp" or mesh.ep.rank == 0,
         ),
         train_data,
         valid_data,

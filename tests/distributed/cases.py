@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megnorm.config import RunConfig
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.config import ParallelConfig
@@ -30,6 +30,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "embedding_scale": "sqrt_width",
     },
 }
+# Mixtures of experts, which between them have all that may interact with sharding.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "": {},
+    "dropless": {"experts": 4, "top_k": 2, "ffn": 24, "balance_loss": 0.3, "z_loss": 0.1},
+    "sigmoid": {
+        "experts": 4, "top_k": 3, "ffn": 16, "shared_ffn": 8, "score": "sigmoid", "normalize": True, "scale": 1.5,
+        "balance_loss": 0.3, "bias_rate": 0.05,
+    },
+    "capacity": {"experts": 8, "top_k": 2, "ffn": 16, "capacity": 0.75, "z_loss": 0.1, "first": 1},
+}  # fmt: skip
 
 
 def schemes() -> list[str]:
@@ -45,11 +55,12 @@ def config(
     model: str = "llama",
     precision: str = "fp64",
     recompute: str = "",
+    moe: str = "",
     **parallel: Any,
 ) -> RunConfig:
     """A model of two layers or more (one for every stage), width 32, 4 heads and a vocabulary of 97, which no layout divides.
 
-    recompute: modes, with + between them.
+    recompute: modes, with + between them. moe: of MIXTURES.
     """
     name, options = OPTIONS.get(scheme, (scheme, {}))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
@@ -58,7 +69,7 @@ def config(
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
     modes = tuple(recompute.split("+")) if recompute else ()
     return RunConfig(
-        model=replace(sizes, norm=norm, **MODELS[model]),
+        model=replace(sizes, norm=norm, moe=MoEConfig(**MIXTURES[moe]), **MODELS[model]),
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(
             sequence_length=8,
