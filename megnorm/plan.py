@@ -141,23 +141,11 @@ def check_model(m: ModelConfig) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0.0 <= getattr(m, name) < 1.0:
             raise PlanError(f"model.{name}={getattr(m, name)} must be in [0, 1)")
-    if m.moe.experts:
-        _check_experts(m)
-
-
-def _check_experts(m: ModelConfig) -> None:
-    moe = m.moe
-    if moe.top_k > moe.experts:
-        raise PlanError(f"model.moe.top_k={moe.top_k} is more than model.moe.experts={moe.experts}; use at most that many")
-    if not m.sparse_layers:
+    if m.moe.experts and not m.sparse_layers:
         raise PlanError(
-            f"model.moe: none of the {m.layers} layers is sparse with first={moe.first} and every={moe.every}; lower one of "
-            "them, or set model.moe.experts=0"
+            f"model.moe: none of the {m.layers} layers is sparse with first={m.moe.first} and every={m.moe.every}; lower one "
+            "of them, or set model.moe.experts=0"
         )
-    if moe.capacity is not None and not moe.capacity > 0:
-        raise PlanError(f"model.moe.capacity is {moe.capacity}; it must be above 0, or null to serve every token")
-    if not moe.scale > 0:
-        raise PlanError(f"model.moe.scale is {moe.scale}; it must be above 0")
 
 
 def check_scheme(m: ModelConfig, resolved: Resolved) -> None:

@@ -180,7 +180,15 @@ def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) ->
 def serial_of(config: RunConfig) -> RunConfig:
     """The same run on one rank, without recompute."""
     alone = dataclasses.replace(
-        config.parallel, tp=1, pp=1, dp=1, ep=1, sequence_parallel=None, schedule="1f1b", virtual_stages=1, stage_layers=None
+        config.parallel,
+        tp=1,
+        pp=1,
+        dp=1,
+        ep=1,
+        sequence_parallel=None,
+        schedule="1f1b",
+        virtual_stages=1,
+        stage_layers=None,
     )
     plain = dataclasses.replace(config.train, recompute=(), recompute_blocks=None)
     return dataclasses.replace(config, parallel=alone, train=plain)

@@ -49,6 +49,10 @@ class Routing:
             weight = loss_mask.new_zeros(count).index_add_(0, segment, loss_mask.flatten())
         return Routing(segment, count, None if real is None else real.flatten(), weight)
 
+    def tokens(self) -> Tensor | int:
+        """How many are real."""
+        return len(self.segment) if self.real is None else self.real.sum()
+
     def kept(self, chosen: Tensor, experts: int, capacity: float | None) -> Tensor | None:
         """[t, k] bool: the slots of ``chosen`` [t, k] that are served; None: all.
 

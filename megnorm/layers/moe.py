@@ -5,6 +5,7 @@ same tokens. Expert parallelism gives each of ep data-parallel ranks its own exp
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from megnorm.layers.dispatch import Dispatch, Routing
 from megnorm.layers.env import Context, Env
 from megnorm.layers.linear import ColumnParallelLinear, Out, RowParallelLinear
 from megnorm.layers.norm import norm_or_identity
-from megnorm.layers.router import Router
+from megnorm.layers.router import Router, computed_again
 from megnorm.layers.sublayer import SubLayer
 from megnorm.models.config import GATED, ModelConfig
 from megnorm.norms import scheme
@@ -35,13 +36,11 @@ class ExpertLinear(nn.Module):
         weights, biases, start = [], [], 0
         for e in experts:
             for m in matrices:
-                placed = {"start": start, "replicas": "edp"}
-                name, rows = f"{e}.{m.role}", m.local[0]
-                weights.append(Matrix(name, m.role, m.shape, m.offset, m.local, **placed))  # type: ignore[arg-type]
-                sums = {"grad_sum": "tp", "owner": tp.rank == 0} if whole else {}
-                held = (m.shape[:1], m.offset[:1], (rows,))
-                biases.append(Matrix(name, "bias", *held, **placed, **sums))  # type: ignore[arg-type]
-                start += rows
+                placed = replace(m, name=f"{e}.{m.role}", start=start, replicas="edp")
+                weights.append(placed)
+                row = replace(placed, role="bias", shape=m.shape[:1], offset=m.offset[:1], local=m.local[:1])
+                biases.append(replace(row, grad_sum="tp", owner=tp.rank == 0) if whole else row)
+                start += m.local[0]
         self.weight = parameter(env.empty(start, columns), Layout(tuple(weights)))
         self.bias = parameter(env.full((start,), 0.0), Layout(tuple(biases))) if bias else None
         self.share = 0.0 if whole and tp.rank > 0 else 1.0
@@ -139,6 +138,8 @@ class MoE(SubLayer):
         enter = gather_sequence if sp.size > 1 else copy_to
         x, weights, chosen = enter(u, tp), enter(weights, tp), all_gather(chosen, sp)
         kept = routing.kept(chosen, self.moe.experts, self.moe.capacity)
+        if self.training and kept is not None and not computed_again():
+            self.router.dropped += routing.tokens() * self.moe.top_k - kept.sum()
         way = Dispatch(chosen, kept, self.moe.experts, self.mesh.ep)
         slots = way.collect(self.experts(way.send(x.flatten(0, 1)), way.counts))
         y = torch.bmm(weights[:, None].to(slots.dtype), slots).view(shape)

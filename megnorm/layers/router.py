@@ -30,12 +30,13 @@ from megnorm.parallel.mesh import Mesh
 class Router(nn.Module):
     """[s, b, d] -> weights [t, k] in fp32 (fp64 for fp64) and experts [t, k] of the tokens t = s * b.
 
-    With sequence parallelism tokens are those of this rank's [s/tp, b, d]. load: slots by expert since it was reset.
-    bias: what is added to scores for the choice alone, moved by ``update_biases``.
+    With sequence parallelism tokens are those of this rank's [s/tp, b, d]. load: slots by expert since it was reset;
+    dropped: those for which there was no room. bias: what is added to scores for the choice alone, moved by ``update_biases``.
     """
 
     bias: Tensor
     load: Tensor
+    dropped: Tensor
 
     def __init__(self, cfg: ModelConfig, env: Env) -> None:
         super().__init__()
@@ -44,8 +45,8 @@ class Router(nn.Module):
         shape = (cfg.moe.experts, cfg.width)
         layout = Layout.whole(shape, "router", grad_sum=partial, owner=env.mesh.tp.rank == 0)
         self.weight = parameter(env.empty(*shape), layout)
-        for name in ("bias", "load"):
-            self.register_buffer(name, torch.zeros(cfg.moe.experts, device=env.device), persistent=False)
+        for name, size in (("bias", cfg.moe.experts), ("load", cfg.moe.experts), ("dropped", 1)):
+            self.register_buffer(name, torch.zeros(size, device=env.device), persistent=False)
 
     def forward(self, u: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         moe, dtype = self.moe, wide(u)
@@ -63,14 +64,13 @@ class Router(nn.Module):
 
     def _watch(self, logits: Tensor, scores: Tensor, picked: Tensor, routing: Routing) -> None:
         """Count loads, and leave the losses. picked: [t, experts], 1 for the chosen ones."""
-        again = torch._C._current_graph_task_id() != -1  # a recompute in backward: seen in the forward pass
         real = None if routing.real is None else own_slice(routing.real, self.mesh.sp).to(scores.dtype)
-        if not again:
+        if not computed_again():
             self.load += picked.sum(0) if real is None else real @ picked
         if routing.weight is None or not (self.moe.balance_loss or self.moe.z_loss):
             return
         loss = self._loss(logits, scores, picked, real, routing)
-        if not again:
+        if not computed_again():
             routing.losses.append(loss)
 
     def _loss(self, logits: Tensor, scores: Tensor, picked: Tensor, real: Tensor | None, routing: Routing) -> Tensor:
@@ -93,6 +93,11 @@ class Router(nn.Module):
         return (both * weight.to(both.dtype)).sum() / self.layers
 
 
+def computed_again() -> bool:
+    """Whether this is a recompute in backward, of what was counted in the forward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def routers(*models: nn.Module) -> Iterator[tuple[str, Router]]:
     """The routers of the models (the stages that a rank holds), by path."""
     for model in models:
@@ -112,6 +117,7 @@ def reset_loads(*models: nn.Module) -> None:
     """Begin a step."""
     for _, router in routers(*models):
         router.load.zero_()
+        router.dropped.zero_()
 
 
 def loads(mesh: Mesh, *models: nn.Module) -> Tensor | None:
@@ -120,6 +126,16 @@ def loads(mesh: Mesh, *models: nn.Module) -> Tensor | None:
     if not own:
         return None
     return all_reduce(all_reduce(torch.stack(own), mesh.sp), mesh.dp)
+
+
+def dropped(total: Tensor | None, mesh: Mesh, *models: nn.Module) -> float:
+    """The part of all slots of the model that found no room; collective. total: what ``loads`` gave."""
+    sums = torch.zeros(2, device=mesh.device)
+    if total is not None:
+        own = torch.stack([router.dropped for _, router in routers(*models)]).sum()
+        sums = torch.stack([all_reduce(own, mesh.dp), total.sum()])
+    lost, slots = all_reduce(sums, mesh.pp).tolist()
+    return float(lost / max(slots, 1.0))
 
 
 def update_biases(total: Tensor | None, *models: nn.Module) -> None:

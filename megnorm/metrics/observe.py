@@ -12,6 +12,8 @@ module (``blocks.3.attention``).
     branch_rms    of a branch: the output of W_o or W_down          sub-layer
     norm_rms      of a norm's input and output                      norm + .input, .output
 
+The activations inside experts are not looked at.
+
 Layers know nothing of this: activations are seen by forward hooks on modules found by path when the run is built, which
 are attached for a probed step and removed after it.
 """
@@ -35,11 +37,12 @@ Storage = Callable[[nn.Parameter], Tensor | None]
 Sums = dict[str, tuple[float, float]]  # name -> (numerator, denominator) of the square of what is reported
 
 SUBLAYER = r"(?:.*\.)?blocks\.\d+\.(?:attention|cross_attention|ffn)"
+NOT_EXPERTS = r"(?!.*\.experts\.)"  # ranks may hold different ones, whose sums would meet
 PLACES: tuple[tuple[Probe, str, str], ...] = (
     ("stream_rms", "output", rf"(?P<at>embed|{SUBLAYER})"),
     ("branch_rms", "output", rf"(?P<at>{SUBLAYER})\.(?:o|down)"),
-    ("norm_rms", "input", r"(?P<at>.*norm)"),
-    ("norm_rms", "output", r"(?P<at>.*norm)"),
+    ("norm_rms", "input", rf"(?P<at>{NOT_EXPERTS}.*norm)"),
+    ("norm_rms", "output", rf"(?P<at>{NOT_EXPERTS}.*norm)"),
 )
 
 

@@ -57,6 +57,16 @@ class MoEConfig:
     bias_rate: float = 0.0
     capacity: float | None = None
 
+    def __post_init__(self) -> None:
+        if 0 < self.experts < self.top_k:
+            raise ValueError(f"model.moe.top_k={self.top_k} is more than model.moe.experts={self.experts}; lower it")
+        if self.capacity is not None and not self.capacity > 0:
+            raise ValueError(
+                f"model.moe.capacity is {self.capacity}; give a number above 0, or null to serve all tokens"
+            )
+        if not self.scale > 0:
+            raise ValueError(f"model.moe.scale is {self.scale}; it must be above 0")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -40,6 +40,7 @@ def count_parameters(m: ModelConfig, resolved: Resolved, *, experts: int | None 
     add("bias", m.vocab_size if m.head_bias else 0)
     for value in (resolved.embedding, resolved.final):
         norm(value, 1, d)
+
     def feed_forward(spec: FFN, width: int, times: int = 1) -> None:
         for role in ("gate", "up") if m.gated else ("up",):
             add(role, times * width * d)

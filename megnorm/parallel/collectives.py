@@ -177,7 +177,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return all_to_all(grad, *ctx.counts, ctx.axis), None, None, None
+        sent, received = ctx.counts
+        return all_to_all(grad, sent, received, ctx.axis), None, None, None
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:

@@ -57,8 +57,8 @@ class Pipeline:
     ) -> Tensor:
         """Run a step's micro-batches; the sum of weight * loss over them, 0 where the last stage is elsewhere.
 
-        Gradients are those of scale * weight * (loss + extra losses). before: called with each action before it computes, and whether it
-        is the last backward of its stage.
+        Gradients are those of scale * weight * (loss + extra losses). before: called with each action before it computes,
+        and whether it is the last backward of its stage.
         """
         last = schedule.stages - 1
         actions = schedule.actions[self.mesh.pp.rank]

@@ -44,8 +44,13 @@ def memory(plan: Plan) -> Iterator[Memory]:
     """Of every (pp, tp) place, pp outermost."""
     parallel, kv = plan.config.parallel, plan.config.model.kv
     replicas = max(1, parallel.tp // kv)
-    axes = {"dp": Axis("dp", plan.dp), "ep": Axis("ep", parallel.ep), "edp": Axis("edp", plan.dp // parallel.ep)}
-    base = Mesh(**axes, device=META, sequence_parallel=plan.sequence_parallel)
+    base = Mesh(
+        dp=Axis("dp", plan.dp),
+        ep=Axis("ep", parallel.ep),
+        edp=Axis("edp", plan.dp // parallel.ep),
+        device=META,
+        sequence_parallel=plan.sequence_parallel,
+    )
     for pp in range(parallel.pp):
         for tp in range(parallel.tp):
             mesh = replace(

@@ -26,7 +26,8 @@ class StepResult:
     """loss: mean over the step's tokens, in nats. sequences: of the step, over all ranks. tokens: that had a loss.
 
     grad_norm: before clipping. skipped: the update was left out (fp16 overflowed, or train.guard said so). probes: by
-    name, on probed steps. routing: of sparse layers, their own losses and the fullest expert, by name.
+    name, on probed steps. routing: of sparse layers, by name: their own losses, the load of the fullest expert over the
+    mean of its layer, the part of slots that was dropped.
     """
 
     loss: float
@@ -95,7 +96,10 @@ def _routing(run: Run) -> tuple[dict[str, float], torch.Tensor | None]:
     loads, extra = router.loads(run.mesh, *run.stages.values()), run.pipeline.extra.clone()
     for axis in (run.mesh.pp, run.mesh.dp):
         all_reduce(extra, axis)
-    return {"routing_loss": float(extra), "fullest_expert": router.fullest(loads, run.mesh)}, loads
+    found = {"routing_loss": float(extra), "fullest_expert": router.fullest(loads, run.mesh)}
+    if run.plan.config.model.moe.capacity is not None:
+        found["dropped"] = router.dropped(loads, run.mesh, *run.stages.values())
+    return found, loads
 
 
 def _update(run: Run, norm: float, lr: float) -> None:

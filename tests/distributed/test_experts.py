@@ -3,7 +3,8 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from megnorm.config import RunConfig
 from megnorm.layers.dispatch import Dispatch
 from megnorm.layers.router import biases
+from megnorm.metrics.config import Probe
 from megnorm.parallel.layout import full_tensor, named_matrices
 from megnorm.plan import make_plan
 from megnorm.train.build import Run, build, mesh_of
@@ -62,7 +64,9 @@ def world(layout: str) -> int:
 def check(ranks: Any, case: dict[str, Any], steps: int) -> None:
     case = dict(case)
     layout = case.pop("layout")
-    config = cases.config(**{"dp": 1, "kind": "layernorm" if case["model"] == "gpt2" else "rmsnorm", **case, **LAYOUTS[layout]})
+    config = cases.config(
+        **{"dp": 1, "kind": "layernorm" if case["model"] == "gpt2" else "rmsnorm", **case, **LAYOUTS[layout]}
+    )
     difference = ranks(world(layout)).run(parity.on_rank, config, steps)[0]
     assert difference.initial_equal
     assert difference.worst <= parity.TOLERANCE["fp64"], difference
@@ -151,6 +155,28 @@ def test_the_output_does_not_depend_on_ep(ranks: Any, moe: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+def one_sided(rank: int, world: int, config: RunConfig) -> parity.Difference | None:
+    """Biases that send all tokens to the first expert: the other ranks' experts get none."""
+    build = parity.build_stages
+
+    def biased(*args: Any) -> Any:
+        stages, rng = build(*args)
+        for _, bias in biases(*stages.values()):
+            bias[0] = 10.0
+        return stages, rng
+
+    with mock.patch.object(parity, "build_stages", biased):
+        return parity.on_rank(rank, world, config, 3)
+
+
+@pytest.mark.parametrize("zero", (0, 1))
+def test_ranks_whose_experts_get_nothing(ranks: Any, zero: int) -> None:
+    config = cases.config("normformer", moe="sigmoid", dp=2, ep=2, zero=zero, recompute="block")
+    moe = replace(config.model.moe, top_k=1, normalize=False)
+    difference = ranks(2).run(one_sided, replace(config, model=replace(config.model, moe=moe)))[0]
+    assert difference.worst <= parity.TOLERANCE["fp64"], difference
+
+
 # Training
 
 
@@ -184,7 +210,11 @@ def run_config(data: str, moe: str, optimizer: str, micro_batch: int, **layout: 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
 @pytest.mark.parametrize(
     "layout",
-    ("ep2", "ep2 plain", *(pytest.param(x, marks=pytest.mark.full) for x in ("ep2 tp2", "ep2 dp4 plain", "ep2 dp4", "ep2 pp2"))),
+    (
+        "ep2",
+        "ep2 plain",
+        *(pytest.param(x, marks=pytest.mark.full) for x in ("ep2 tp2", "ep2 dp4 plain", "ep2 dp4", "ep2 pp2")),
+    ),
 )
 def test_training_is_that_of_one_rank(ranks: Any, data: str, layout: str, optimizer: str) -> None:
     """Whatever the micro-batches: losses are means over sequences. Every slice is saved by one rank."""
@@ -201,6 +231,27 @@ def test_training_is_that_of_one_rank(ranks: Any, data: str, layout: str, optimi
             torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
         saved = [shard for _, _, of_rank in answers for shard in of_rank]
         assert len(saved) == len(set(saved))
+
+
+def probed(rank: int, world: int, config: RunConfig) -> dict[str, float]:
+    run = build(make_plan(config, world), torch.device("cpu"))
+    return [train_step(run) for _ in range(2)][-1].probes
+
+
+@pytest.mark.parametrize("layout", ("ep2", "ep2 plain", "pp2"))
+def test_probes_are_those_of_one_rank(ranks: Any, data: str, layout: str) -> None:
+    """Norms of gradients, weights and updates by matrix, layer and role, whoever holds the experts."""
+
+    def config(**sizes: Any) -> RunConfig:
+        base = run_config(data, "dropless", "adamw", 2, **sizes)
+        return replace(base, metrics=replace(base.metrics, probes=get_args(Probe), probe_every=1))
+
+    alone = ranks(1).run(probed, config(dp=1))[0]
+    found = ranks(2).run(probed, config(**LAYOUTS[layout]))[0]
+    assert any(name.startswith("grad_norm/blocks.1.ffn.experts.3.up") for name in found)
+    assert set(found) == set(alone)
+    for name, value in alone.items():
+        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-12), name
 
 
 RESHARDED = {

@@ -26,7 +26,7 @@ from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.mesh import Axis
-from megnorm.plan import PlanError, make_plan, unit_costs
+from megnorm.plan import make_plan, unit_costs
 from tests.distributed import cases
 from tests.layers.tiny import MODES, Model, batches, config, differences, step
 
@@ -120,6 +120,22 @@ def test_no_token_depends_on_later_ones_or_other_sequences(moe: str) -> None:
     assert not torch.allclose(a[5:], b[5:])
 
 
+def test_what_finds_no_room_is_counted() -> None:
+    cfg = cases.config("preln", moe="capacity", model="fairseq").model
+    model = build_model(replace(cfg, layers=3), Env(dtype=torch.float64), seed=2)
+    tokens = torch.randint(2, 97, (8, 2), generator=torch.Generator().manual_seed(1))
+    tokens[5:, 1] = cfg.padding_id  # type: ignore[call-overload]
+    served: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts.register_forward_hook(lambda module, inputs, output: served.append(inputs[1].sum()))
+    model(Tokens(tokens, tokens, torch.ones(8, 2)))
+    total = router.loads(model.env.mesh, model)
+    slots = 2 * 13 * cfg.moe.top_k  # of two sparse layers
+    lost = slots - int(torch.stack(served).sum())
+    assert lost > 0 and router.dropped(total, model.env.mesh, model) == pytest.approx(lost / slots)
+
+
 def test_packed_documents_are_sequences() -> None:
     """Losses and capacity of packed rows are those of the documents one by one."""
     cfg = cases.config("preln", moe="capacity").model
@@ -155,11 +171,16 @@ def test_the_losses_do_not_depend_on_micro_batches() -> None:
     cfg = cases.config("preln", moe="dropless").model
     model = build_model(cfg, Env(dtype=torch.float64), seed=2)
     generator = torch.Generator().manual_seed(1)
-    tokens, mask = torch.randint(0, 97, (8, 4), generator=generator), (torch.rand(8, 4, generator=generator) < 0.5).double()
+    tokens, mask = (
+        torch.randint(0, 97, (8, 4), generator=generator),
+        (torch.rand(8, 4, generator=generator) < 0.5).double(),
+    )
     whole = model(Tokens(tokens, tokens, mask))[1]
     parts = [model(Tokens(t, t, m))[1] for t, m in zip(tokens.split(1, 1), mask.split(1, 1), strict=True)]
     torch.testing.assert_close(whole, sum(parts), rtol=1e-12, atol=0.0)
-    model = build_model(replace(cfg, moe=replace(cfg.moe, balance_over="micro_batch")), Env(dtype=torch.float64), seed=2)
+    model = build_model(
+        replace(cfg, moe=replace(cfg.moe, balance_over="micro_batch")), Env(dtype=torch.float64), seed=2
+    )
     whole = model(Tokens(tokens, tokens, mask))[1]
     parts = [model(Tokens(t, t, m))[1] for t, m in zip(tokens.split(1, 1), mask.split(1, 1), strict=True)]
     assert abs(float((whole - sum(parts)).detach())) > 1e-3 * float(whole.detach())
@@ -190,7 +211,7 @@ def test_biases_move_against_the_loads_and_steer_the_choice_alone() -> None:
     router.update_biases(total, model)
     for load, (_, bias) in zip(total, router.biases(model), strict=True):
         assert torch.equal(bias, -0.05 * torch.sign(load - 12))
-    assert router.fullest(total, mesh) == float(total.max()) / 12
+    assert router.fullest(total, mesh) == float(total.max()) / 12 and router.dropped(total, mesh, model) == 0.0
     router.reset_loads(model)
     assert not router.loads(mesh, model).any()  # type: ignore[union-attr]
     _, gate = next(router.routers(model))
@@ -264,7 +285,7 @@ MIXED = ("model.moe.experts=6", "model.layers=2", "model.ffn=48", "model.heads=4
     [
         (1, ("model.moe.top_k=7",), "model.moe.top_k=7 is more than model.moe.experts=6"),
         (1, ("model.moe.first=2",), "none of the 2 layers is sparse"),
-        (1, ("model.moe.capacity=0",), "model.moe.capacity is 0.0; it must be above 0, or null"),
+        (1, ("model.moe.capacity=0",), "model.moe.capacity is 0.0; give a number above 0, or null"),
         (1, ("model.moe.scale=0",), "model.moe.scale is 0.0"),
         (1, ("model.moe.bias_rate=-1",), "model.moe.bias_rate is -1"),
         (4, ("parallel.ep=4",), "parallel.ep=4 does not divide model.moe.experts=6; use 3 or 6"),
@@ -275,7 +296,7 @@ MIXED = ("model.moe.experts=6", "model.layers=2", "model.ffn=48", "model.heads=4
     ],
 )
 def test_what_does_not_fit_is_refused(world: int, overrides: tuple[str, ...], words: str) -> None:
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(ValueError, match=words):
         make_plan(configs.load(None, [*MIXED, *overrides]), world)
 
 
