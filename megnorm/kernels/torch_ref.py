@@ -234,12 +234,12 @@ class _GroupedLinear(torch.autograd.Function):
         return dx, dweight, None
 
 
-@offer("grouped_linear", "torch", 0, _serves_all)
-def make_grouped_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+@offer("grouped_gemm", "torch", 0, _serves_all)
+def make_grouped_gemm(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """fn(x [n, k], weight [e, rows, k], counts [e] int64, their sum n) -> [n, rows]: counts[i] rows of x by matrix i."""
 
-    def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         y: Tensor = _GroupedLinear.apply(x, weight, counts.tolist())
         return y
 
-    return grouped_linear
+    return grouped_gemm

@@ -136,7 +136,14 @@ class Dispatch:
 
     def send(self, x: Tensor) -> Tensor:
         """Tokens [t, d] of this rank -> rows [n, d] of this rank's experts, one expert's behind the other's."""
-        rows: Tensor = _Send.apply(x, self.order, self.shape[1])
+        return self._forward(_Send.apply(x, self.order, self.shape[1]))
+
+    def send_slots(self, x: Tensor) -> Tensor:
+        """Values [t, k] of slots -> [n, 1], beside the rows of ``send``."""
+        return self._forward(_Send.apply(x.reshape(-1, 1), self.order, 1))
+
+    def _forward(self, rows: Tensor) -> Tensor:
+        """Sorted rows -> those of this rank's experts."""
         if self.regroup is None:
             return rows
         arrived = exchange(rows, self.sent, self.received, self.ep)

@@ -44,19 +44,22 @@ class ExpertLinear(nn.Module):
         self.weight = parameter(env.empty(start, columns), Layout(tuple(weights)))
         self.bias = parameter(env.full((start,), 0.0), Layout(tuple(biases))) if bias else None
         self.share = 0.0 if whole and tp.rank > 0 else 1.0
-        self.product = env.kernel("grouped_linear")
+        self.product = env.kernel("grouped_gemm")
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+        """weights [n, 1]: by which x has been multiplied, and so must the bias be."""
         y: Tensor = self.product(x, self.weight.view(self.count, self.rows, -1), counts)
         if self.bias is None:
             return y
-        return y + self.share * self.bias.view(self.count, self.rows).repeat_interleave(counts, 0)
+        bias = self.share * self.bias.view(self.count, self.rows).repeat_interleave(counts, 0)
+        return y + (bias if weights is None else bias * weights.to(bias.dtype))
 
 
 class Experts(nn.Module):
-    """The experts that this rank holds: rows [n, d], those of one expert behind those of another -> [n, d].
+    """The experts that this rank holds: rows [n, d], those of one expert behind those of another -> weight * FFN [n, d].
 
-    counts: [experts of this rank] rows of each. With tp the result is this rank's part of a sum.
+    counts: [experts of this rank] rows of each. weights: [n, 1]; they multiply before W_down, so that backward needs no rows
+    of its output. With tp the result is this rank's part of a sum.
     """
 
     def __init__(self, spec: scheme.FFN, cfg: ModelConfig, env: Env) -> None:
@@ -79,18 +82,23 @@ class Experts(nn.Module):
             belong_to_experts(self.norms[-1])
             self.add_module(str(e), nn.ModuleDict({"inner_norm": self.norms[-1]}))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         inner = self.recompute("activations", self._activate, self.up(x, counts))
         if self.norms:
             groups = inner.split(counts.tolist())
             inner = torch.cat([norm(group) for norm, group in zip(self.norms, groups, strict=True)])
-        return self.down(inner, counts)
+        weighed = self.recompute("activations", _weigh, inner, weights)
+        return self.down(weighed, counts, weights)
 
     def _activate(self, h: Tensor) -> Tensor:
         if not self.gated:
             return self.act(h)
         gate, up = h.chunk(2, dim=-1)
         return self.act(gate) * up
+
+
+def _weigh(x: Tensor, weights: Tensor) -> Tensor:
+    return x * weights.to(x.dtype)
 
 
 class SharedExpert(nn.Module):
@@ -141,7 +149,7 @@ class MoE(SubLayer):
         if self.training and kept is not None and not computed_again():
             self.router.dropped += routing.tokens() * self.moe.top_k - kept.sum()
         way = Dispatch(chosen, kept, self.moe.experts, self.mesh.ep)
-        slots = way.collect(self.experts(way.send(x.flatten(0, 1)), way.counts))
-        y = torch.bmm(weights[:, None].to(slots.dtype), slots).view(shape)
+        rows = self.experts(way.send(x.flatten(0, 1)), way.send_slots(weights), way.counts)
+        y = way.collect(rows).sum(1).view(shape)
         y = scatter_sequence(y, tp) if sp.size > 1 else sum_from(y, tp)
         return y if self.shared is None else y + self.shared(u)

@@ -123,6 +123,7 @@ def there_and_back(rank: int, world: int, k: int, experts: int) -> int:
             rows = way.send(x)
             assert len(rows) == int(way.counts.sum()) and len(way.counts) == held
             expert = torch.arange(rank * held, (rank + 1) * held).repeat_interleave(way.counts)
+            assert torch.equal(way.send_slots(chosen)[:, 0], expert)
             slots = way.collect(torch.cat([rows, expert[:, None].to(rows)], -1))
             real = torch.ones_like(chosen, dtype=torch.bool) if kept is None else kept
             assert torch.equal(slots[real][:, :3], x[:, None].expand(t, k, 3)[real])

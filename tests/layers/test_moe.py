@@ -61,6 +61,7 @@ def test_dispatch_and_collect_are_inverses(case: tuple[Tensor, Tensor | None, in
     assert way.counts.tolist() == [int((chosen[real] == e).sum()) for e in range(experts)]
     for e, part in enumerate(rows.split(way.counts.tolist())):
         assert torch.equal(part, x[(real & (chosen == e)).any(1)]), "an expert gets its tokens, in their order"
+    assert torch.equal(way.send_slots(chosen)[:, 0], torch.arange(experts).repeat_interleave(way.counts))
     slots = way.collect(rows)
     assert torch.equal(slots, x[:, None].expand(t, k, 5) * real[..., None])
     grad = torch.randn(t, k, 5).to(dtype)
@@ -77,8 +78,8 @@ def test_every_offer_of_grouped_products(counts: list[int], rows: int, columns: 
     wanted = torch.cat([F.linear(part, w) for part, w in zip(x.split(counts), weight, strict=True)])
     grad = torch.randn(wanted.shape, dtype=torch.float64, generator=generator)
     dx, dw = torch.autograd.grad(wanted, (x, weight), grad)
-    need = Need("grouped_linear", "cpu", torch.float64)
-    for offer in registry.offers("grouped_linear"):
+    need = Need("grouped_gemm", "cpu", torch.float64)
+    for offer in registry.offers("grouped_gemm"):
         if offer.refuse(need) is None:
             y = offer.make(need)(x, weight, torch.tensor(counts))
             torch.testing.assert_close(y, wanted)
@@ -128,7 +129,7 @@ def test_what_finds_no_room_is_counted() -> None:
     served: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts.register_forward_hook(lambda module, inputs, output: served.append(inputs[1].sum()))
+            module.experts.register_forward_hook(lambda module, inputs, output: served.append(inputs[2].sum()))
     model(Tokens(tokens, tokens, torch.ones(8, 2)))
     total = router.loads(model.env.mesh, model)
     slots = 2 * 13 * cfg.moe.top_k  # of two sparse layers
@@ -157,7 +158,7 @@ def test_padding_goes_to_no_expert() -> None:
     tokens[5:, 1] = cfg.padding_id  # type: ignore[call-overload]
     seen: list[Tensor] = []
     experts = next(module for module in model.modules() if isinstance(module, MoE)).experts
-    experts.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    experts.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
     model.logits(tokens)
     assert int(seen[0].sum()) == 13 * cfg.moe.top_k
     (load,) = [found.load for _, found in router.routers(model)]
