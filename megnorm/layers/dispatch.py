@@ -1,7 +1,7 @@
 """Tokens to experts and back: who goes where, in which order, over the ranks that share the experts.
 
 A slot is one of the top_k choices of a token. Slots that are kept are sorted by expert, so that each expert finds its rows
-in one piece; what it gives is put back into the slots. Both ways are exact inverses: rows are copied, never added up.
+in one piece; what it gives is put back into the slots, and added up by token. Both ways are exact inverses: rows are copied.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Routing:
             segment, count = torch.arange(b, device=device).repeat(s), b
         else:
             lengths, count = torch.tensor(documents, device=device), len(documents)
-            segment = torch.arange(count, device=device).repeat_interleave(lengths)
+            segment = torch.arange(count, device=device).repeat_interleave(lengths, output_size=s * b)
         weight = None
         if loss_mask is not None:
             weight = loss_mask.new_zeros(count).index_add_(0, segment, loss_mask.flatten())
@@ -81,30 +81,35 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, k: int) -> Tensor:
         ctx.order, ctx.shape = order, (x.shape[0], k)
-        return x.index_select(0, order.div(k, rounding_mode="floor"))
+        return _spread(x, order, k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_slots(grad, ctx.order, ctx.shape).sum(1), None, None
+        return _add_up(grad, ctx.order, *ctx.shape), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """[n, d] -> [t, k, d]: rows back in their slots, zeros in those that were not kept."""
+class _Combine(torch.autograd.Function):
+    """[n, d] -> [t, d]: the sum over the slots of a token, 0 for one that was not kept; the transpose of _Send."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, t: int, k: int) -> Tensor:
-        ctx.order = order
-        return _to_slots(rows, order, (t, k))
+        ctx.order, ctx.k = order, k
+        return _add_up(rows, order, t, k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.flatten(0, 1).index_select(0, ctx.order), None, None, None
+        return _spread(grad, ctx.order, ctx.k), None, None, None
 
 
-def _to_slots(rows: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
-    t, k = shape
-    slots = rows.new_empty if len(order) == t * k else rows.new_zeros
-    return slots(t * k, *rows.shape[1:]).index_copy_(0, order, rows).view(t, k, *rows.shape[1:])
+def _spread(x: Tensor, order: Tensor, k: int) -> Tensor:
+    return x.index_select(0, order if k == 1 else order.div(k, rounding_mode="floor"))
+
+
+def _add_up(rows: Tensor, order: Tensor, t: int, k: int) -> Tensor:
+    """Through a copy in the order of slots: adding where several rows may meet would depend on who comes first."""
+    empty = rows.new_empty if len(order) == t * k else rows.new_zeros
+    slots = empty(t * k, *rows.shape[1:]).index_copy_(0, order, rows)
+    return slots if k == 1 else slots.view(t, k, *rows.shape[1:]).sum(1)
 
 
 class Dispatch:
@@ -150,10 +155,20 @@ class Dispatch:
         out: Tensor = _Send.apply(arrived, self.regroup, 1)
         return out
 
+    def combine(self, rows: Tensor) -> Tensor:
+        """What the experts made of those rows [n, d] -> its sum over the slots of each token of this rank, [t, d]."""
+        summed: Tensor = _Combine.apply(self._back(rows), self.order, *self.shape)
+        return summed
+
     def collect(self, rows: Tensor) -> Tensor:
-        """What the experts made of those rows [n, d] -> the slots of this rank's tokens [t, k, d], zero if not kept."""
-        if self.regroup is not None:
-            by_rank = _Collect.apply(rows, self.regroup, len(self.regroup), 1).squeeze(1)
-            rows = exchange(by_rank, self.received, self.sent, self.ep)
-        slots: Tensor = _Collect.apply(rows, self.order, *self.shape)
-        return slots
+        """The same slot by slot: [t, k, d], zero where not kept."""
+        t, k = self.shape
+        slots: Tensor = _Combine.apply(self._back(rows), self.order, t * k, 1)
+        return slots.view(t, k, *slots.shape[1:])
+
+    def _back(self, rows: Tensor) -> Tensor:
+        """Rows of this rank's experts -> the sorted rows of this rank's tokens."""
+        if self.regroup is None:
+            return rows
+        by_rank = _Combine.apply(rows, self.regroup, len(self.regroup), 1)
+        return exchange(by_rank, self.received, self.sent, self.ep)

@@ -150,6 +150,6 @@ class MoE(SubLayer):
             self.router.dropped += routing.tokens() * self.moe.top_k - kept.sum()
         way = Dispatch(chosen, kept, self.moe.experts, self.mesh.ep)
         rows = self.experts(way.send(x.flatten(0, 1)), way.send_slots(weights), way.counts)
-        y = way.collect(rows).sum(1).view(shape)
+        y = way.combine(rows).view(shape)
         y = scatter_sequence(y, tp) if sp.size > 1 else sum_from(y, tp)
         return y if self.shared is None else y + self.shared(u)

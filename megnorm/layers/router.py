@@ -45,8 +45,10 @@ class Router(nn.Module):
         shape = (cfg.moe.experts, cfg.width)
         layout = Layout.whole(shape, "router", grad_sum=partial, owner=env.mesh.tp.rank == 0)
         self.weight = parameter(env.empty(*shape), layout)
-        for name, size in (("bias", cfg.moe.experts), ("load", cfg.moe.experts), ("dropped", 1)):
-            self.register_buffer(name, torch.zeros(size, device=env.device), persistent=False)
+        self.register_buffer("bias", torch.zeros(cfg.moe.experts, device=env.device), persistent=False)
+        for name, size in (("load", cfg.moe.experts), ("dropped", 1)):
+            counted = torch.zeros(size, dtype=torch.float64, device=env.device)  # exact, however many
+            self.register_buffer(name, counted, persistent=False)
 
     def forward(self, u: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         moe, dtype = self.moe, wide(u)
@@ -130,7 +132,7 @@ def loads(mesh: Mesh, *models: nn.Module) -> Tensor | None:
 
 def dropped(total: Tensor | None, mesh: Mesh, *models: nn.Module) -> float:
     """The part of all slots of the model that found no room; collective. total: what ``loads`` gave."""
-    sums = torch.zeros(2, device=mesh.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if total is not None:
         own = torch.stack([router.dropped for _, router in routers(*models)]).sum()
         sums = torch.stack([all_reduce(own, mesh.dp), total.sum()])
@@ -146,12 +148,12 @@ def update_biases(total: Tensor | None, *models: nn.Module) -> None:
     for i, (_, router) in enumerate(routers(*models)):
         assert total is not None
         if router.moe.bias_rate:
-            router.bias += router.moe.bias_rate * torch.sign(total[i].mean() - total[i])
+            router.bias += router.moe.bias_rate * torch.sign(total[i].mean() - total[i]).to(router.bias.dtype)
 
 
 def fullest(total: Tensor | None, mesh: Mesh) -> float:
     """The largest load of an expert over the mean load of its layer, over all layers of the model; collective."""
-    worst = torch.zeros((), device=mesh.device)
+    worst = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if total is not None:
         worst = (total.amax(-1) / total.mean(-1).clamp_min(1.0)).amax()
     return float(all_reduce(worst, mesh.pp, dist.ReduceOp.MAX))

@@ -103,7 +103,7 @@ class ModelConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     parallel_block: bool = False
-    moe: MoEConfig = field(default_factory=MoEConfig)
+    moe: MoEConfig = MoEConfig()
     norm: NormConfig = field(default_factory=NormConfig)
     init: InitConfig = field(default_factory=InitConfig)
 

@@ -129,6 +129,7 @@ def there_and_back(rank: int, world: int, k: int, experts: int) -> int:
             assert torch.equal(slots[real][:, :3], x[:, None].expand(t, k, 3)[real])
             assert torch.equal(slots[real][:, 3], chosen[real].to(x))
             assert not slots[~real].any()
+            assert torch.equal(way.combine(rows), slots[..., :3].sum(1))
             slots[..., :3].sum().backward()
             assert torch.equal(x.grad, real.sum(1)[:, None].expand(t, 3).to(x))  # type: ignore[arg-type]
             tried += 1

@@ -64,6 +64,7 @@ def test_dispatch_and_collect_are_inverses(case: tuple[Tensor, Tensor | None, in
     assert torch.equal(way.send_slots(chosen)[:, 0], torch.arange(experts).repeat_interleave(way.counts))
     slots = way.collect(rows)
     assert torch.equal(slots, x[:, None].expand(t, k, 5) * real[..., None])
+    torch.testing.assert_close(way.combine(rows), slots.sum(1))
     grad = torch.randn(t, k, 5).to(dtype)
     slots.backward(grad)
     assert torch.equal(x.grad, (grad * real[..., None]).sum(1))  # type: ignore[arg-type]
@@ -211,7 +212,7 @@ def test_biases_move_against_the_loads_and_steer_the_choice_alone() -> None:
     assert total is not None and total.shape == (2, 4) and total.sum(1).tolist() == [48.0, 48.0]
     router.update_biases(total, model)
     for load, (_, bias) in zip(total, router.biases(model), strict=True):
-        assert torch.equal(bias, -0.05 * torch.sign(load - 12))
+        assert torch.equal(bias, -0.05 * torch.sign(load - 12).float())
     assert router.fullest(total, mesh) == float(total.max()) / 12 and router.dropped(total, mesh, model) == 0.0
     router.reset_loads(model)
     assert not router.loads(mesh, model).any()  # type: ignore[union-attr]
