@@ -51,13 +51,16 @@ SCHEMES = {
     "hybrid_dense__hybridnorm_star": "hybridnorm_star",
     "hybrid_dense__hybridnorm_star_eps": "hybridnorm_star",
     "hybrid_dense__": "hybridnorm_",
+    "hybrid_moe_hybridnorm": "hybridnorm",
+    "hybrid_moe_hybridnorm_star": "hybridnorm_star",
+    "hybrid_moe_pre_qk_pre": "hybridnorm_pre_qk_pre",
     "torchscale__decoder_deepnorm": "deepnorm",
     "torchscale__decoder_post_ln": "postln",
     "torchscale__decoder_pre_ln": "preln",
     "torchscale__decoder_subln": "subln",
 }
 NOT_COVERED = {
-    "encoder-only model", "encoder-decoder model", "mixture of experts", "several streams", "stop-gradient gate",
+    "encoder-only model", "encoder-decoder model", "several streams", "stop-gradient gate",
     "factors that move with the step", "weights projected after each step", "value residual", "Hugging Face folder",
 }  # fmt: skip
 
@@ -79,12 +82,12 @@ def test_golden(shared: Path, name: str) -> None:
 
 
 def test_every_kind_is_there(shared: Path) -> None:
-    """The expectations above are not vacuous: 56 of the shared goldens are of covered kinds."""
+    """The expectations above are not vacuous: 59 of the shared goldens are of covered kinds."""
     covered = 0
     for name in ALL:
         with contextlib.suppress(NotCovered):
             covered += isinstance(load(FOLDER / name), Case)
-    assert covered == 56
+    assert covered == 59
 
 
 @pytest.mark.parametrize("name", ["hybridnorm_star", "mix_ln", "first_qkv_pre", "kc_post", "pre_post"])
@@ -174,6 +177,21 @@ WRONG: list[tuple[str, str, Callable[[Case], Case]]] = [
         lambda c: replace(c, model=replace(c.model, activation="gelu_tanh")),
     ),
     (
+        "weights of experts that sum to 1",
+        "hybrid_moe_hybridnorm_star",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, normalize=True))),
+    ),
+    (
+        "another number of experts",
+        "hybrid_moe_pre_qk_pre",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, top_k=3))),
+    ),
+    (
+        "experts without room for all tokens",
+        "hybrid_moe_hybridnorm",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, capacity=0.8))),
+    ),
+    (
         "rotary theta",
         "frontier/mixln_pre",
         lambda c: replace(c, model=replace(c.model, rope_theta=9000.0)),
@@ -242,6 +260,7 @@ TP_NAMES = [
     "frontier/xt_qk_norm_dim_scale",
     "hybrid_dense__hybridnorm_layernorm_bias",
     "hybrid_dense__qkvc_post",
+    "hybrid_moe_hybridnorm_star",
     "torchscale__decoder_subln",
 ]
 
