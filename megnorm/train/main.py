@@ -161,7 +161,8 @@ def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | 
             f"optim.name is {config.optim.name}, but {found} holds the state of {name}; keep it, or begin a new train.out "
             "with checkpoint.init_from"
         )
-    before, now = record["config"]["model"], configs.to_dict(config)["model"]
+    now = configs.to_dict(config)["model"]
+    before = configs.to_dict(configs.RunConfig())["model"] | record["config"]["model"]  # of before an option was there
     for model in (before, now):  # where a plug-in lies is no part of the model: its numbers are in the checkpoint
         model["norm"] = {**model["norm"], "plugins": []}
     for key in ModelConfig.__dataclass_fields__:

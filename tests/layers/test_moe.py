@@ -1,6 +1,7 @@
 """Router, dispatch and experts on one rank: exact inverses, capacity, losses, loads, what a token depends on."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from megnorm.metrics.throughput import flops_per_token
 from megnorm.models.causal import CausalLM, Tokens, build_model
 from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.models.count import active_parameters, count_parameters
-from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.mesh import Axis
@@ -30,6 +30,7 @@ from megnorm.plan import make_plan, unit_costs
 from tests.distributed import cases
 from tests.layers.tiny import MODES, Model, batches, config, differences, step
 
+EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "moe"
 CPU = torch.device("cpu")
 MIXTURES = [name for name in cases.MIXTURES if name]
 
@@ -266,14 +267,17 @@ def test_parameters_are_counted(scheme: str, moe: str) -> None:
     assert active_parameters(cfg, resolved) == sum(counted.values()) - idle
 
 
-def test_a_published_size() -> None:
-    """MoE-1B-7B of the HybridNorm paper, as OLMoE's: 6.92 billion parameters, 1.28 of them active."""
-    sizes = ModelConfig(layers=16, width=2048, heads=16, ffn=1024, vocab_size=50304, moe=MoEConfig(64, 8))
-    cfg = replace(sizes, norm=NormConfig("hybridnorm_star"))
-    resolved = resolve(cfg.norm, 16)
+def test_examples_plan_and_have_the_published_size() -> None:
+    """MoE-1B-7B of the HybridNorm paper: 6.92 billion parameters, 1.28 of them active, 500 billion tokens."""
+    assert make_plan(configs.load(EXAMPLES / "run.yaml"), 2).dp == 2
+    run = configs.load(EXAMPLES / "moe_1b_7b.yaml")
+    plan = make_plan(run, 8)
+    assert plan.tokens_per_step * run.train.steps == pytest.approx(500e9, rel=1e-5)
+    cfg, resolved = replace(run.model, vocab_size=plan.padded_vocab), plan.resolved
+    assert plan.padded_vocab == 50304
     assert sum(count_parameters(cfg, resolved).values()) / 1e9 == pytest.approx(6.92, abs=0.005)
     assert active_parameters(cfg, resolved) / 1e9 == pytest.approx(1.28, abs=0.005)
-    run = configs.RunConfig(model=cfg)
+    run = replace(run, model=cfg)
     ffn = 16 * (8 * 3 * 2048 * 1024 + 2048 * 64)
     dense = 16 * (4 * 2048 * 2048 + 2 * 2048 * run.train.sequence_length) + 2048 * 50304
     assert sum(unit_costs(run)) == flops_per_token(cfg, run.train.sequence_length) == 6 * (ffn + dense)
