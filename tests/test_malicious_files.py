@@ -91,7 +91,7 @@ YAML = {
     "a name": "train:\n  out: !!python/name:os.system\n",
     "aliases of aliases": BOMB,
     "itself": "model:\n  norm:\n    options: &x {a: *x}\n",
-    "deep": f"train: {'[' * 5000}\n",
+    "deep": f"train: {'[' * 1500}\n",
     "deep mappings": "model: " + "{a: " * 3000 + "1" + "}" * 3000,
     "large": "#" * (5 << 20),
 }
@@ -213,9 +213,9 @@ def test_sidecar(folder: Path, kind: str) -> None:
     with IndexedWriter(folder / "a", np.uint16) as writer:
         writer.add(np.arange(4), [4], [1])
     (folder / f"a{SUFFIX}").write_bytes(SIDECARS[kind])
-    with pytest.raises(DataError, match="a.meta.json|a.idx"):
-        read_sidecar(str(folder / "a"))
-        verify(str(folder / "a"))
+    for read in (read_sidecar, verify):
+        with pytest.raises(DataError, match="a.meta.json: not a record of checksums"):
+            read(str(folder / "a"))
 
 
 # Texts --------------------------------------------------------------------------------------------------------------

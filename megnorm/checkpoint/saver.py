@@ -137,18 +137,31 @@ class Saver:
                 if self._closed and self._held is not None:
                     self._held()
 
+    def prepare(self, shards: Sequence[Shard]) -> None:
+        """Make room for the copies in the background, before the first save: memory never touched before is slow."""
+        if self.config.asynchronous:
+            self._thread = threading.Thread(target=self._make_room, args=(list(shards),), name="checkpoint")
+            self._thread.start()
+
+    def _make_room(self, shards: Sequence[Shard]) -> None:
+        try:
+            for shard in shards:
+                self._copies[_key(shard)] = _memory_for(shard.tensor).zero_()
+        except (MemoryError, RuntimeError) as error:
+            self.failure = CheckpointError(
+                f"no memory for a second copy of the saved state ({error}); set checkpoint.asynchronous=false"
+            )
+
     def _snapshot(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Copies in CPU memory, in buffers kept from one save to the next (fresh memory is slow to touch)."""
+        """Copies in CPU memory, in buffers kept from one save to the next."""
         kept: dict[tuple[Any, ...], Tensor] = {}
         copies = []
         cuda = False
         for shard in shards:
-            source = shard.tensor.detach()
-            key = (shard.name, shard.offset, shard.local, source.dtype)
+            source, key = shard.tensor.detach(), _key(shard)
             target = self._copies.get(key)
             if target is None:
-                pinned = source.device.type == "cuda"
-                target = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=pinned)
+                target = _memory_for(source)
             target.copy_(source, non_blocking=True)
             cuda = cuda or source.device.type == "cuda"
             kept[key] = target
@@ -157,3 +170,12 @@ class Saver:
             torch.cuda.synchronize()
         self._copies = kept
         return copies
+
+
+def _key(shard: Shard) -> tuple[Any, ...]:
+    return shard.name, shard.offset, shard.local, shard.tensor.dtype
+
+
+def _memory_for(source: Tensor) -> Tensor:
+    """Memory on the CPU for a copy; pinned, if the copy comes from an accelerator."""
+    return torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.device.type == "cuda")

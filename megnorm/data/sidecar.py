@@ -11,6 +11,7 @@ from megnorm.data.storage import Stored, find, pieces, require_local
 
 CHUNK = 16 << 20  # bytes
 SUFFIX = ".meta.json"
+LARGEST = 256 << 20  # bytes of a sidecar, and of a chunk
 
 
 class Summer:
@@ -49,12 +50,14 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     file = find(path)
     if file is None:
         return None
+    if file.size > LARGEST:
+        raise DataError(f"{path}: has {file.size} bytes, which no record of checksums has; delete it.")
     content = file.read(0, file.size)
     try:
         record: dict[str, Any] = json.loads(content)
         if record["format"] != 1 or not isinstance(record["files"], dict):
             raise ValueError("unknown format")
-        if not isinstance(record["chunk_bytes"], int) or record["chunk_bytes"] < 1:
+        if not isinstance(record["chunk_bytes"], int) or not 1 <= record["chunk_bytes"] <= LARGEST:
             raise ValueError("no chunk size")
         for name in ("bin", "idx"):
             entry = record["files"][name]

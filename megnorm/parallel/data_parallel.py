@@ -67,8 +67,8 @@ class Bucket:
     """A range [start, stop) of the flat tensors. own: the range in it that this rank updates.
 
     axis: over which it is summed. stage: whose backward fills it. deferred: summed after all backward, since its sum needs
-    other stages. waiting: parameters without their last gradient. work: the collective under way; part: what a
-    reduce-scatter writes.
+    other stages. waiting: parameters without their last gradient. work: the collective under way; terms: of this rank's
+    part, where it sums no more than that.
     """
 
     start: int
@@ -81,7 +81,7 @@ class Bucket:
     waiting: set[int] = field(default_factory=set)
     expected: bool = False
     work: dist.Work | None = None
-    part: Tensor | None = None
+    terms: Tensor | None = None
     gathering: dist.Work | None = None
 
 
@@ -229,7 +229,7 @@ class DataParallel:
         reduce_replicated_grads(bucket.params, self.mesh)
         grads = self.grads[bucket.start : bucket.stop]
         if self.shard and bucket.axis.size > 1:
-            bucket.part, bucket.work = start_reduce_scatter(grads, bucket.axis)
+            bucket.terms, bucket.work = start_reduce_scatter(grads, bucket.axis)
         else:
             bucket.work = start_all_reduce(grads, bucket.axis)
 
@@ -244,9 +244,9 @@ class DataParallel:
             if bucket.work is not None:
                 size = (bucket.stop - bucket.start) * self.grads.itemsize
                 wait_for(bucket.work, "gradient sum", bucket.axis.name, size)
-            if bucket.part is not None:
-                self.grads[slice(*bucket.own)] = bucket.part
-            bucket.work = bucket.part = None
+            if bucket.terms is not None:
+                torch.sum(bucket.terms, 0, out=self.grads[slice(*bucket.own)])
+            bucket.work = bucket.terms = None
 
     def scale_grads(self, factor: float) -> None:
         """Multiply the gradients that this rank updates with."""

@@ -138,6 +138,7 @@ def _fit(run: Run, where: launch.World) -> int:
     ):
         if where.rank == 0:
             configs.save(config, out / "config.yaml")
+        saver.prepare(state.shards(run, owned=True))
         return fit(run, saver, sinks, watchdog, profiler)
 
 

@@ -153,6 +153,26 @@ def test_copies_are_reused(tmp_path: Path) -> None:
     assert same(io.read_full(tmp_path / "step-00000002", tensors), tensors)
 
 
+def test_room_is_made_before_the_first_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = Saver(CheckpointConfig(), tmp_path)
+    tensors = state(1)
+    saving.prepare(whole(tensors))
+    saving.wait()
+    memory = [tensor.data_ptr() for tensor in saving._copies.values()]
+    saving.save(1, whole(tensors), {})
+    saving.wait()
+    assert memory == [tensor.data_ptr() for tensor in saving._copies.values()] and len(memory) == len(tensors)
+    assert same(io.read_full(tmp_path / "step-00000001", tensors), tensors)
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(saver, "_memory_for", full)
+    saving.prepare([Shard.whole("more", torch.ones(2))])
+    with pytest.raises(CheckpointError, match=r"not enough memory.*set checkpoint\.asynchronous=false"):
+        saving.wait()
+
+
 def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     scores = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 5: 2.0, 6: 9.0}
     saving = Saver(CheckpointConfig(keep_last=2, keep_every=3, keep_best=1, asynchronous=False), tmp_path)

@@ -2,9 +2,12 @@
 
     python tools/bench/pipeline.py [--ranks 2 4 8] [--micro-batches 4 8 16 32] [--seconds 0.02] [--repeats 5]
 
-Idle is what all ranks together do not sleep between the first action's begin and the last one's end. Its first figure is
-the simulator's for actions of that many seconds and messages that take no time; the second one is measured (median of the
-repetitions), the third their ratio. ``held`` is the most activations that a rank held, counted, and the simulator's.
+Idle is what all ranks together do not sleep between the first action's begin and the last one's end, in ms: simulated with
+actions of that many seconds and messages that take no time; measured (median of the repetitions); their ratio, and the
+least and the most of it. Beside: what an action costs that is no sleep. turn: until a rank begins the next action, when its
+input is there. hand: from the end of an action until another rank, which waits for its output, begins. Then the idle time
+that the simulator finds with these two, and the measured one's ratio to that. held: the most activations of a rank, counted
+and simulated.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from megnorm.parallel.collectives import gather_objects
 from megnorm.parallel.mesh import Mesh, build_mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.schedule import NAMES, Action, Schedule, make_schedule, simulate
@@ -109,41 +113,75 @@ def sleepers(schedule: Schedule, mesh: Mesh, seconds: float) -> tuple[Pipeline, 
     return Pipeline({index: Sleeper(index, schedule.stages, seconds, ledger) for index in held}, mesh), ledger
 
 
-def measure(mesh: Mesh, schedule: Schedule, seconds: float) -> tuple[float, list[int]] | None:
-    """Idle seconds of all ranks together, and each one's most activations; on the first rank."""
+@dataclass(frozen=True)
+class Run:
+    """One run, over all ranks. idle: seconds of all ranks together. peak: most activations that one of them held.
+
+    turn: seconds between two actions of a rank when the second one's input was there, in the mean. hand: from the end of an
+    action to the begin of the one on another rank that was waiting for it, in the mean.
+    """
+
+    idle: float
+    peak: int
+    turn: float
+    hand: float
+
+    @staticmethod
+    def of(schedule: Schedule, ledgers: Sequence[Ledger], seconds: float) -> "Run":
+        begin = {action: start for one in ledgers for action, start, _ in one.spans}
+        end = {action: stop for one in ledgers for action, _, stop in one.spans}
+        turns, hands = [], []
+        for row in schedule.actions:
+            for before, action in pairwise(row):
+                source = schedule.source(action)
+                ready = end[source] if source is not None else 0.0
+                if ready > end[before]:
+                    hands.append(begin[action] - ready)
+                elif ready < end[before] - seconds / 4:
+                    turns.append(begin[action] - end[before])
+        idle = schedule.ranks * (max(end.values()) - min(begin.values())) - sum(end[a] - begin[a] for a in begin)
+        turn, hand = (statistics.fmean(found) if found else 0.0 for found in (turns, hands))
+        return Run(idle, max(one.peak for one in ledgers), turn, hand)
+
+
+def measure(mesh: Mesh, schedule: Schedule, seconds: float) -> Run:
     pipeline, ledger = sleepers(schedule, mesh, seconds)
     dist.barrier(mesh.pp.group)
     pipeline.run(schedule, parts(schedule.micro_batches))
-    found: list[Ledger | None] = [None] * mesh.pp.size
-    dist.all_gather_object(found, ledger, mesh.pp.group)
-    ledgers = [one for one in found if one is not None]
-    spans = list(chain.from_iterable(one.spans for one in ledgers))
-    length = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
-    busy = sum(end - begin for _, begin, end in spans)
-    return (schedule.ranks * length - busy, [one.peak for one in ledgers]) if mesh.pp.rank == 0 else None
+    return Run.of(schedule, gather_objects(ledger, mesh.pp), seconds)
 
 
 def _rank(rank: int, world: int, store: str, counts: Sequence[int], seconds: float, repeats: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     mesh = build_mesh(tp=1, pp=world, dp=1, kv_heads=1, device=CPU)
+    measure(mesh, make_schedule("interleaved", world, 2, world), seconds)  # all connections, and what is lazy
     for name in NAMES:
         for count in counts:
+            if name == "interleaved" and count % world:
+                continue  # it takes micro-batches in groups of its ranks
             schedule = make_schedule(name, world, 2 if name == "interleaved" else 1, count)
-            found = [measure(mesh, schedule, seconds) for _ in range(repeats)]
+            runs = [measure(mesh, schedule, seconds) for _ in range(repeats)]
             if rank == 0:
-                _print(schedule, [one for one in found if one is not None], seconds)
+                print(line(schedule, runs, seconds), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _print(schedule: Schedule, found: Sequence[tuple[float, list[int]]], seconds: float) -> None:
+def line(schedule: Schedule, runs: Sequence[Run], seconds: float) -> str:
+    """A row of the table."""
     timeline = simulate(schedule, forward=seconds, backward=seconds)
-    expected, idle = sum(timeline.idle), sorted(idle for idle, _ in found)
-    ratios = f"{statistics.median(idle) / expected:>7.3f}{idle[0] / expected:>8.3f} to {idle[-1] / expected:.3f}"
-    figures = f"{1e3 * expected:>12.0f}{1e3 * statistics.median(idle):>12.1f}"
-    held = f"{max(max(peaks) for _, peaks in found)} {max(timeline.peak)}"
-    print(f"{schedule.name:<14}{schedule.ranks:>5}{schedule.micro_batches:>7}{figures}{ratios:<25}  {held}", flush=True)
+    expected, idle = sum(timeline.idle), sorted(run.idle for run in runs)
+    turn, hand = (statistics.median(values) for values in ([run.turn for run in runs], [run.hand for run in runs]))
+    cost = seconds + turn
+    told = simulate(schedule, forward=cost, backward=cost, send=max(0.0, hand - turn))
+    with_times = schedule.ranks * told.end - seconds * sum(map(len, schedule.actions))
+    middle = statistics.median(idle)
+    return (
+        f"{schedule.name:<14}{schedule.ranks:>5}{schedule.micro_batches:>7}{1e3 * expected:>11.0f}{1e3 * middle:>10.1f}"
+        f"{middle / expected:>8.3f}{idle[0] / expected:>8.3f}{idle[-1] / expected:>8.3f}{1e6 * turn:>9.0f}{1e6 * hand:>9.0f}"
+        f"{1e3 * with_times:>10.1f}{middle / with_times:>8.3f}{max(run.peak for run in runs):>7}{max(timeline.peak):>4}"
+    )
 
 
 def main() -> int:
@@ -154,7 +192,10 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    print(f"{'schedule':<14}{'ranks':>5}{'parts':>7}{'simulated':>12}{'measured ms':>12}{'ratio':>7}{'':>18}  held")
+    print(
+        f"{'schedule':<14}{'ranks':>5}{'parts':>7}{'simulated':>11}{'measured':>10}{'ratio':>8}{'least':>8}{'most':>8}"
+        f"{'turn us':>9}{'hand us':>9}{'with them':>10}{'ratio':>8}{'held':>11}"
+    )
     for world in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")

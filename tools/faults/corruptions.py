@@ -13,7 +13,7 @@ from megnorm.checkpoint import io
 from megnorm.checkpoint.folder import LATEST
 from megnorm.checkpoint.format import COMPLETE, MANIFEST, META
 from megnorm.train.signals import EXIT_STOPPED
-from tools.faults.job import Failed, Tally, check_same, train, write_config, write_text
+from tools.faults.job import Failed, Tally, check_same, train, warm, write_config, write_text
 
 PAGE = 4096
 STEPS, EVERY = 12, 4
@@ -150,11 +150,9 @@ def run(folder: Path, count: int, seed: int) -> Tally:
         model=LARGER, train={"steps": STEPS}, checkpoint={"every": EVERY, "keep_last": 3, "max_file_mb": 1},
     )  # fmt: skip
     log = folder / "base.log"
-    if (
-        train(config, log, f"train.out={folder / 'calm'}") != 0
-        or train(config, log, "train.stop_after=8") != EXIT_STOPPED
-    ):
-        raise Failed(f"the undisturbed run: {log.read_text()[-1000:]}")
+    warm(config, folder / "calm")
+    if train(config, log, "train.stop_after=8") != EXIT_STOPPED:
+        raise Failed(f"the base: {log.read_text()[-1000:]}")
     names = set(io.available(folder / "base" / "checkpoints" / NEWEST))
     kinds = list(KINDS)
     for number in range(count):

@@ -5,10 +5,12 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,18 @@ def train(config: Path, log: Path, *overrides: str) -> int:
     """``megnorm train`` in a fork of this process, which has torch imported already; its exit code. log: its stderr."""
 
     return forked(lambda: main(["--config", str(config), *overrides]), log)
+
+
+def warm(config: Path, out: Path) -> None:
+    """Train once in this process: what is loaded and set up at the first step comes to every fork for nothing."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    with contextlib.redirect_stderr(StringIO()) as said:
+        code = main(["--config", str(config), f"train.out={out}"])
+    logging.root.handlers.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if code != 0:
+        raise Failed(f"the undisturbed run: exit code {code}: {said.getvalue()[-1000:]}")
 
 
 def forked(work: Callable[[], int], log: Path) -> int:

@@ -4,6 +4,7 @@ A run of one rank is started again by the loop below. In a run of two ranks one 
 again, or the whole job is, torchrun included, and the loop starts it again. A run is hit KILLS_A_RUN times at most.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -75,9 +76,7 @@ class Run:
                 code = self._watch(job, draw)
             finally:
                 if job.poll() is None:
-                    for process in (job.pid, *children(job.pid)):
-                        os.kill(process, signal.SIGKILL)
-                    job.wait()
+                    kill(job, children(job.pid))
             if code == 0:
                 self.seconds = time.monotonic() - begun
                 return
@@ -97,10 +96,9 @@ class Run:
                 alone = self._one_of(ranks)
                 self.kills.append(Kill(due, life.phase(), time.monotonic()))
                 if alone is None:
-                    for process in (job.pid, *ranks):
-                        os.kill(process, signal.SIGKILL)
-                    return job.wait()
-                os.kill(alone, signal.SIGKILL)
+                    return kill(job, ranks)
+                with contextlib.suppress(ProcessLookupError):  # it may just have ended
+                    os.kill(alone, signal.SIGKILL)
                 life, due = Life(self.out, self.log, self.steps), draw()  # torchrun starts the ranks again
             time.sleep(POLL)
         return code
@@ -109,6 +107,14 @@ class Run:
         """The process id of a rank to kill alone; None: the whole job."""
         dice = random.Random(f"{self.out.name} {len(self.kills)}")
         return dice.choice(ranks) if self.ranks > 1 and ranks and dice.random() < ONE_RANK_DIES else None
+
+
+def kill(job: "subprocess.Popen[bytes]", ranks: list[int]) -> int:
+    """End a job and its ranks at once; the exit code."""
+    for process in (job.pid, *ranks):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    return job.wait()
 
 
 def children(process: int) -> list[int]:
@@ -162,8 +168,8 @@ def run(folder: Path, kills: int, seed: int, *, steps: int = STEPS) -> Tally:
     text = write_text(folder / "text")
     tally, done = Tally("kills"), list[Run]()
     for ranks, count, side_by_side in ((1, kills - kills // PAIRS, 2), (2, kills // PAIRS, 1)):
-        if count:
-            done += _campaign(folder, text, ranks, count, min(count, side_by_side), seed, steps, tally)
+        if count:  # steps of two ranks take twice as long
+            done += _campaign(folder, text, ranks, count, min(count, side_by_side), seed, steps // ranks, tally)
     tally.note = summary(done, steps)
     return tally
 
@@ -211,5 +217,5 @@ def summary(runs: list[Run], steps: int) -> str:
     share = kept / max(sum(one.seconds for one in ended), 1e-9)
     return (
         f"hit {phases}; from kill to next step {recovered} (median); productive {share:.0%} of the time, "
-        f"that is the steps that count, in runs of {steps} steps"
+        f"that is the steps that count, in runs of {steps} steps ({steps // 2} on two ranks)"
     )

@@ -19,7 +19,7 @@ from megnorm.checkpoint.folder import steps as checkpoints
 from megnorm.train import loop
 from megnorm.train.main import main
 from megnorm.train.signals import EXIT_STOPPED
-from tools.faults.job import Failed, Tally, check_same, forked, train, write_config, write_text
+from tools.faults.job import Failed, Tally, check_same, forked, warm, write_config, write_text
 
 EVERY, KEEP = 20, 2
 SAMPLE = 25  # steps
@@ -96,8 +96,7 @@ def run(folder: Path, steps: int, seed: int) -> Tally:
     config = write_config(folder / "soak.yaml", text, folder / "soak", **sections)
     report = folder / "report.json"
     try:
-        if train(calm, folder / "calm.log") != 0:
-            raise Failed(f"the undisturbed run: {(folder / 'calm.log').read_text()[-1000:]}")
+        warm(calm, folder / "calm")
         if forked(lambda: _live(config, folder / "soak", report, random.Random(f"{seed} soak")), folder / "soak.log"):
             raise Failed(f"the run did not end well: {(folder / 'soak.log').read_text()[-2000:]}")
         found = json.loads(report.read_text())
