@@ -126,6 +126,8 @@ class DataParallel:
         # One line of buckets for each axis: in each, all ranks must start the same collectives in the same order.
         lines = {name: [b for b in self.buckets if b.axis.name == name] for name in ("dp", "edp")}
         self._lines = {name: line for name, line in lines.items() if line}
+        place = {key: i for i, key in enumerate(stage_of)}  # as backward reaches them
+        self._ahead = sorted(self.buckets, key=lambda b: max(place[id(p)] for p in b.params), reverse=True)
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.params}
         self._fill(dict(zip(map(id, params), offsets, strict=True)), compute, accumulate)
         self.pieces = list(self._pieces(named_matrices(*stages.values()), offsets))
@@ -136,7 +138,8 @@ class DataParallel:
 
     @staticmethod
     def _order(stages: Mapping[int, nn.Module]) -> tuple[list[nn.Parameter], dict[int, int]]:
-        """Parameters as backward reaches them: last stage first, each from its end; deferred ones and experts' behind all."""
+        """Parameters as backward reaches them: last stage first, each from its end; deferred ones and experts' behind all.
+        And the stage of each by id, in the plain order of backward."""
         found: dict[int, tuple[int, nn.Parameter]] = {}
         for index in sorted(stages, reverse=True):
             for param in reversed(list(stages[index].parameters())):
@@ -261,8 +264,8 @@ class DataParallel:
             wait_for(work, "gradient gather", bucket.axis.name, whole.nbytes)
 
     def _shared(self) -> list[Bucket]:
-        """The buckets of which this rank updates a part."""
-        return [bucket for bucket in self.buckets if self.shard and bucket.axis.size > 1]
+        """The buckets of which this rank updates a part, in the order of the forward pass."""
+        return [bucket for bucket in self._ahead if self.shard and bucket.axis.size > 1]
 
     # Weights
 
@@ -278,7 +281,7 @@ class DataParallel:
                 own = self.weights[slice(*bucket.own)]
                 if own.data_ptr() != master.data_ptr():
                     own.copy_(master)
-        for bucket in reversed(self._shared()):
+        for bucket in self._shared():
             whole = self.weights[bucket.start : bucket.stop]
             bucket.gathering = start_all_gather(whole, bucket.own[0] - bucket.start, bucket.axis)
 
