@@ -38,7 +38,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "experts": 4, "top_k": 3, "ffn": 16, "shared_ffn": 8, "score": "sigmoid", "normalize": True, "scale": 1.5,
         "balance_loss": 0.3, "bias_rate": 0.05,
     },
-    "capacity": {"experts": 8, "top_k": 2, "ffn": 16, "capacity": 0.75, "z_loss": 0.1, "first": 1},
+    "capacity": {
+        "experts": 8, "top_k": 2, "ffn": 16, "capacity": 0.75, "balance_loss": 0.2, "balance_over": "micro_batch",
+        "z_loss": 0.1, "first": 1,
+    },
 }  # fmt: skip
 
 

@@ -206,7 +206,8 @@ def whole(run: Run) -> dict[str, Tensor]:
 def run_config(data: str, moe: str, optimizer: str, micro_batch: int, **layout: Any) -> RunConfig:
     base = tiny.config(data, Path("unused"), "hybridnorm_star", steps=5, precision="fp64", moe=moe, **layout)
     train = replace(base.train, micro_batch=micro_batch)
-    return replace(base, optim=replace(base.optim, name=optimizer), train=train)  # type: ignore[arg-type]
+    model = replace(base.model, moe=replace(base.model.moe, balance_over="sequence"))  # for any size of micro-batches
+    return replace(base, model=model, optim=replace(base.optim, name=optimizer), train=train)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))

@@ -142,7 +142,7 @@ def test_what_finds_no_room_is_counted() -> None:
 def test_packed_documents_are_sequences() -> None:
     """Losses and capacity of packed rows are those of the documents one by one."""
     cfg = cases.config("preln", moe="capacity").model
-    cfg = replace(cfg, moe=replace(cfg.moe, balance_loss=0.4))
+    cfg = replace(cfg, moe=replace(cfg.moe, balance_loss=0.4, balance_over="sequence"))
     model = build_model(cfg, Env(dtype=torch.float64), seed=2)
     tokens = torch.randint(0, 97, (12, 1), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(12) % 3 > 0).double()[:, None]
