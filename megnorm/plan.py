@@ -8,13 +8,14 @@ from typing import Any
 
 from megnorm.config import RunConfig
 from megnorm.data.config import MULTIPLE
-from megnorm.models import family
+from megnorm.models import check, family
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import count_parameters, padded_vocabulary
 from megnorm.norms.resolve import Resolved, scheme_of
-from megnorm.norms.scheme import ROLES, SubLayer, warnings_for
+from megnorm.norms.scheme import ROLES, warnings_for
 from megnorm.optim import schedule
 from megnorm.parallel import balance
+from megnorm.parallel.divisors import divisors, near
 from megnorm.parallel.schedule import Schedule, check_sizes, make_schedule
 
 # The least value of a key by section; None (a default that is derived) passes.
@@ -22,9 +23,11 @@ LEAST: dict[str, dict[str, int]] = {
     "model": {"segments": 0, "relative_buckets": 4}
     | dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "max_positions"), 1)
     | dict.fromkeys(("encoder_layers", "max_source_positions", "relative_distance"), 1),
+    "model.moe": {"experts": 0, "top_k": 1, "ffn": 1, "shared_ffn": 0, "first": 0, "every": 1}
+    | dict.fromkeys(("balance_loss", "z_loss", "bias_rate"), 0),
     "model.init": dict.fromkeys(("std", "embedding_std", "position_std", "head_std"), 0),
     "model.norm": {"eps": 0},
-    "parallel": dict.fromkeys(("tp", "pp", "dp", "virtual_stages", "vocab_multiple"), 1),
+    "parallel": dict.fromkeys(("tp", "pp", "dp", "ep", "virtual_stages", "vocab_multiple"), 1),
     "optim": dict.fromkeys(("lr", "min_lr", "warmup_start_lr", "eps", "weight_decay", "clip"), 0)
     | dict.fromkeys(("loss_scale", "loss_scale_window"), 1),
     "train": dict.fromkeys(
@@ -139,51 +142,17 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
 def check_model(m: ModelConfig) -> None:
     """Sizes that contradict each other."""
     _check_ranges(RunConfig(model=m), "model")
-    problem = family.problem(m)
-    if problem is not None:
-        raise PlanError(problem)
-    if m.head_dim is None and m.width % m.heads:
-        raise PlanError(
-            f"model.heads={m.heads} does not divide model.width={m.width}; set model.head_dim or use {_near(m.width, m.heads)}"
-        )
-    if m.heads % m.kv:
-        raise PlanError(f"model.kv_heads={m.kv} does not divide model.heads={m.heads}; use {_near(m.heads, m.kv)}")
-    if m.positions == "rotary" and m.hd % 2:
-        raise PlanError(f"model.head_dim is {m.hd}; rotary positions need an even one")
-    if m.padding_id is not None and not 0 <= m.padding_id < m.vocab_size:
-        raise PlanError(f"model.padding_id={m.padding_id} is outside the vocabulary of {m.vocab_size}")
-    for name in ("dropout", "attention_dropout"):
-        if not 0.0 <= getattr(m, name) < 1.0:
-            raise PlanError(f"model.{name}={getattr(m, name)} must be in [0, 1)")
+    _refuse(check.model_problem(m))
 
 
 def check_scheme(m: ModelConfig, resolved: Resolved) -> None:
     """Combinations of scheme and model that mean nothing."""
-    if len(resolved.layers) != m.layers:
-        raise PlanError(f"model.layers={m.layers}, but the checkpoint's scheme has {len(resolved.layers)} layers")
-    source = () if resolved.encoder is None else resolved.encoder.layers
-    if len(source) != m.source_layers:
-        raise PlanError(f"model.encoder_layers={m.source_layers}, but the checkpoint's scheme has {len(source)} for it")
-    for i, layer in enumerate((*resolved.layers, *source)):
-        places = {part.head_scale for part in (layer.attention, layer.cross_attention) if part is not None}
-        if "post_projection" in places and m.heads * m.hd != m.width:
-            raise PlanError(
-                f"head_scale=post_projection cuts the width in heads, but model.heads*head_dim={m.heads * m.hd} is not "
-                f"model.width={m.width}; use pre_projection"
-            )
-        if m.parallel_block and not (_runs_beside(layer.attention) and _runs_beside(layer.ffn)):
-            raise PlanError(
-                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm, scales the skip, or adds "
-                "to something else than the stream, which has no meaning for branches that run side by side; use a "
-                "pre-norm scheme"
-            )
+    _refuse(check.scheme_problem(m, resolved))
 
 
-def _runs_beside(part: SubLayer) -> bool:
-    """Whether a sub-layer only adds to the stream, as x + A(..) + F(..) needs."""
-    residual = part.residual
-    plain = residual.skip.learned is None and residual.skip.value == 1.0 and not residual.layer_input
-    return plain and part.post is None and residual.source == "stream"
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def _check_ranges(config: RunConfig, top: str) -> None:
@@ -266,11 +235,11 @@ def _check_layout(config: RunConfig, world: int) -> int:
     parallel, m = config.parallel, config.model
     tp, pp = parallel.tp, parallel.pp
     if world % tp:
-        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {_near(world, tp)}")
+        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {near(world, tp)}")
     if world // tp % pp:
         raise PlanError(
             f"parallel.pp={pp} does not divide the {world // tp} ranks that parallel.tp={tp} leaves of {world}; use "
-            f"{_near(world // tp, pp)}"
+            f"{near(world // tp, pp)}"
         )
     dp = world // (tp * pp) if parallel.dp is None else parallel.dp
     if dp * tp * pp != world:
@@ -279,16 +248,17 @@ def _check_layout(config: RunConfig, world: int) -> int:
             f"{world // (tp * pp)}"
         )
     if m.heads % tp:
-        raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {_divisors(m.heads)}")
+        raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {divisors(m.heads)}")
     if m.kv % tp and tp % m.kv:
         raise PlanError(
             f"model.kv_heads={m.kv} neither divides parallel.tp={tp} nor is divided by it; use tp of "
-            f"{[n for n in _divisors(m.heads) if m.kv % n == 0 or n % m.kv == 0]}"
+            f"{[n for n in divisors(m.heads) if m.kv % n == 0 or n % m.kv == 0]}"
         )
     if m.ffn % tp:
         raise PlanError(
-            f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {_near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
+            f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
         )
+    _refuse(check.expert_problem(m, tp=tp, ep=parallel.ep, dp=dp))
     return dp
 
 
@@ -310,7 +280,7 @@ def _check_lengths(config: RunConfig, sequence_parallel: bool) -> None:
     if sequence_parallel and m.family == "encdec" and MULTIPLE % tp:
         raise PlanError(
             f"data.task={config.data.task} pads lengths to multiples of {MULTIPLE}, which parallel.tp={tp} does not divide; "
-            f"use tp of {_divisors(MULTIPLE)}, or set parallel.sequence_parallel=false"
+            f"use tp of {divisors(MULTIPLE)}, or set parallel.sequence_parallel=false"
         )
     if sequence_parallel and m.family != "encdec" and t.sequence_length % tp:
         fitting = t.sequence_length // tp * tp or tp
@@ -331,7 +301,7 @@ def _check_batch(config: RunConfig, dp: int) -> int:
     per_step = dp * t.micro_batch
     if t.global_batch % per_step:
         totals = sorted({t.global_batch // per_step * per_step, -(-t.global_batch // per_step) * per_step} - {0})
-        smaller = "" if t.global_batch % dp else f", or a micro_batch of {_near(t.global_batch // dp, t.micro_batch)}"
+        smaller = "" if t.global_batch % dp else f", or a micro_batch of {near(t.global_batch // dp, t.micro_batch)}"
         raise PlanError(
             f"train.global_batch={t.global_batch} is not a multiple of dp={dp} x train.micro_batch={t.micro_batch}; "
             f"use {' or '.join(map(str, totals))}{smaller}"
@@ -351,7 +321,7 @@ def _stages(config: RunConfig, ranks: int) -> tuple[tuple[int, int], ...]:
     count = parallel.pp * parallel.virtual_stages
     if count > layers:
         chunks, most = parallel.virtual_stages, layers // parallel.pp
-        fitting = [n for n in _divisors(ranks) if n * chunks <= layers and (n > 1 or chunks == 1)]
+        fitting = [n for n in divisors(ranks) if n * chunks <= layers and (n > 1 or chunks == 1)]
         ways = [f"parallel.pp of {fitting}"] if fitting else []
         ways += [f"parallel.virtual_stages of 2 to {most}"] if 1 < most < chunks else []
         raise PlanError(
@@ -385,14 +355,3 @@ def _check_ramp(config: RunConfig, dp: int) -> None:
     problem = t.batch_ramp.problem(t.global_batch, unit, what)
     if problem is not None:
         raise PlanError(problem)
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def _near(n: int, wish: int) -> str:
-    """The divisors of n next to ``wish``."""
-    below = [i for i in _divisors(n) if i <= wish]
-    above = [i for i in _divisors(n) if i > wish]
-    return " or ".join(str(i) for i in (*below[-1:], *above[:1]))

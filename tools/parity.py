@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from megnorm import config as configs
 from megnorm.config import RunConfig
 from megnorm.data.config import MULTIPLE
+from megnorm.layers import router
 from megnorm.models.build import Input
 from megnorm.models.causal import Tokens
 from megnorm.models.encdec import Pairs
@@ -86,7 +87,7 @@ def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
     def whole(storage: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         own = {n.name: full_tensor(n, storage(n.param), mesh) for n in named}
         found: dict[str, Tensor] = {}
-        for part in gather_objects(own, mesh.pp):
+        for part in (part for stage in gather_objects(gather_objects(own, mesh.ep), mesh.pp) for part in stage):
             for name, tensor in part.items():
                 if not torch.equal(found.setdefault(name, tensor), tensor):
                     found[name] = torch.full_like(tensor, float("nan"))  # two stages hold different copies
@@ -105,23 +106,28 @@ def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
         for piece in flat.pieces:
             piece.master.add_(piece.grad, alpha=-SGD_RATE)
         flat.publish()
+        router.update_biases(router.loads(mesh, *stages.values()), *stages.values())
     flat.wait_weights()
-    return Trace(initial, losses, grads, norm, whole(lambda param: param.detach()))
+    weights = whole(lambda param: param.detach())
+    for found in gather_objects(dict(router.biases(*stages.values())), mesh.pp):
+        weights |= found
+    return Trace(initial, losses, grads, norm, weights)
 
 
 def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataParallel, step: int) -> float:
-    """One step's global loss; gradients end in flat storage, reduced as training reduces them."""
+    """One step's global loss, with that of sparse layers; gradients end in flat storage, reduced as training reduces them."""
     parts = [random_batch(plan.config, step, i) for i in range(PARTS)]
     tokens = sum(float(part.loss_mask.sum()) for part in parts)
     own, parallel = parts[mesh.dp.rank :: mesh.dp.size], plan.config.parallel
     schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, len(own))
     flat.zero()
+    router.reset_loads(*pipeline.stages.values())  # type: ignore[arg-type]
 
     def before(action: Action, final: bool) -> None:
         if final:
             flat.expect(action.stage)
 
-    total = pipeline.run(schedule, own, weight=1.0 / tokens, before=before)
+    total = pipeline.run(schedule, own, weight=1.0 / tokens, before=before) + pipeline.extra
     for axis in (mesh.pp, mesh.dp):
         all_reduce(total, axis)
     flat.finish()
@@ -195,7 +201,15 @@ def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) ->
 def serial_of(config: RunConfig) -> RunConfig:
     """The same run on one rank, without recompute."""
     alone = dataclasses.replace(
-        config.parallel, tp=1, pp=1, dp=1, sequence_parallel=None, schedule="1f1b", virtual_stages=1, stage_layers=None
+        config.parallel,
+        tp=1,
+        pp=1,
+        dp=1,
+        ep=1,
+        sequence_parallel=None,
+        schedule="1f1b",
+        virtual_stages=1,
+        stage_layers=None,
     )
     plain = dataclasses.replace(config.train, recompute=(), recompute_blocks=None)
     return dataclasses.replace(config, parallel=alone, train=plain)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-OPS = ("norm", "attention", "activation", "rope")
+OPS = ("norm", "attention", "activation", "rope", "grouped_gemm")
 
 
 @dataclass(frozen=True)

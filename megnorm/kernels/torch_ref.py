@@ -219,3 +219,38 @@ def make_rope(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
     return rope
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Rows of x in groups, one behind the other, each times its own matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for rows, matrix, result in zip(x.split(sizes), weight, out.split(sizes), strict=True):
+            torch.mm(rows, matrix.t(), out=result)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads, dx, dweight = grad.contiguous().split(ctx.sizes), torch.empty_like(x), torch.empty_like(weight)
+        for g, rows, matrix, d_rows, d_matrix in zip(
+            grads, x.split(ctx.sizes), weight, dx.split(ctx.sizes), dweight, strict=True
+        ):
+            torch.mm(g, matrix, out=d_rows)
+            torch.mm(g.t(), rows, out=d_matrix)  # zeros for a group without rows
+        return dx, dweight, None
+
+
+@offer("grouped_gemm", "torch", 0, _serves_all)
+def make_grouped_gemm(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """fn(x [n, k], weight [e, rows, k], counts [e] int64, their sum n) -> [n, rows]: counts[i] rows of x by matrix i."""
+
+    def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        y: Tensor = _GroupedLinear.apply(x, weight, counts.tolist())
+        return y
+
+    return grouped_gemm

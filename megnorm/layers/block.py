@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megnorm.layers.attention import CrossAttention, SelfAttention
 from megnorm.layers.env import Context, Env
 from megnorm.layers.ffn import FeedForward
+from megnorm.layers.moe import MoE
 from megnorm.models.config import ModelConfig
 from megnorm.norms import scheme
 
@@ -30,7 +31,8 @@ class Block(nn.Module):
         if cross:
             spec = layer.cross_attention or layer.attention
             self.cross_attention = CrossAttention(spec, cfg, env, f"{path}.cross_attention")
-        self.ffn = FeedForward(layer.ffn, cfg, env, f"{path}.ffn")
+        feed_forward = MoE if cfg.sparse(index) else FeedForward
+        self.ffn = feed_forward(layer.ffn, cfg, env, f"{path}.ffn")
         for name in ("skip", "branch"):
             first = getattr(layer.attention.residual, name)
             if first.shared and first.learned is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megnorm.kernels import backends, registry
 from megnorm.layers.cache import Cache
+from megnorm.layers.dispatch import Routing
 from megnorm.layers.recompute import Recompute
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.rng import DropoutRng
@@ -54,7 +55,7 @@ class Context:
     documents: lengths of packed documents (b = 1) that do not see each other.
     bias: [1, h/tp, s, s], added to the scores of self-attention. memory: the encoder's output [s', b, d] ([s'/tp, b, d]),
     which cross-attention reads; memory_mask: [b, 1, 1, s'], as mask. cache: of the tokens before, where one token is decoded
-    at a time.
+    at a time. routing: for sparse layers; None: there are none, or their losses are not asked for.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
@@ -65,3 +66,4 @@ class Context:
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
     cache: Cache | None = None
+    routing: Routing | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megnorm.layers.attention import attention_mask
 from megnorm.layers.block import Block, run_blocks
+from megnorm.layers.dispatch import Routing
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
@@ -81,17 +82,21 @@ class CausalLM(nn.Module):
         positions: Tensor | None = None,
         documents: tuple[int, ...] | None = None,
         carry: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """tokens [s, b] -> the stream behind this stage, [s, b, d] ([s/tp, b, d] with sequence parallelism).
 
-        carry: the stream that the stage before gave. The last stage applies the final norm.
+        carry: the stream that the stage before gave. The last stage applies the final norm. routing: takes the losses of
+        sparse layers; None: nobody asks for them.
         """
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
         x = self.embed(tokens, where) if carry is None else carry
         rope = None
         if self.cfg.positions == "rotary":
             rope = rope_table(where.clamp_min(0), self.cfg.hd, self.cfg.rope_theta, x.dtype)
-        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents)
+        if routing is None and self.cfg.moe.experts:
+            routing = self._routing(tokens, documents)
+        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents, routing=routing)
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.last else x
 
@@ -99,13 +104,24 @@ class CausalLM(nn.Module):
         """The stream behind this stage; behind the last one what the head reads."""
         return self.hidden(batch.tokens, batch.positions, batch.documents, carry)
 
-    def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
-        """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: the stream."""
-        x = self.states(batch, carry)
-        if not self.last:
-            return x
-        losses = self.head.token_losses(x, batch.labels, self.cfg.label_smoothing if self.training else 0.0)
-        return (losses * batch.loss_mask).sum()
+    def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: the stream.
+
+        In training sparse layers with losses of their own give the sum of those beside it.
+        """
+        routing = None
+        if self.cfg.moe.experts:
+            routing = self._routing(batch.tokens, batch.documents, batch.loss_mask)
+        out = self.hidden(batch.tokens, batch.positions, batch.documents, carry, routing)
+        if self.last:
+            losses = self.head.token_losses(out, batch.labels, self.cfg.label_smoothing if self.training else 0.0)
+            out = (losses * batch.loss_mask).sum()
+        return (out, torch.stack(routing.losses).sum()) if routing is not None and routing.losses else out
+
+    def _routing(self, tokens: Tensor, documents: tuple[int, ...] | None, loss_mask: Tensor | None = None) -> Routing:
+        s, b = tokens.shape
+        real = None if self.cfg.padding_id is None else tokens != self.cfg.padding_id
+        return Routing.of((s, b), tokens.device, documents, real, loss_mask)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:

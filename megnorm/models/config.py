@@ -27,6 +27,48 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Sparse feed-forward layers: a token passes ``top_k`` of ``experts`` FFNs. experts 0: every layer is dense.
+
+    ffn: width of an expert; None: model.ffn. shared_ffn: width of one more FFN that all tokens pass; 0: none.
+    first: layers at the start that stay dense; every: of the layers behind them each n-th is sparse (2: the second, ...).
+    score: of a token for an expert, softmax over all experts or sigmoid of each, in fp32. normalize: the weights of the
+    chosen ones are divided by their sum; scale: then multiplied.
+    balance_loss, z_loss: coefficients of the losses that layers/router.py defines, means over tokens and sparse layers.
+    balance_over: what the balance loss counts experts in: each sequence (the same in every layout and micro-batch size),
+    or a rank's whole micro-batch (as published models were trained; another train.micro_batch is another loss).
+    bias_rate: balance without a loss: after each step the score by which an expert is chosen, and not its weight, moves by
+    this much against its load (arXiv:2408.15664). capacity: an expert takes at most capacity * top_k / experts of the
+    tokens of a sequence, the earlier ones; the others go on without it. None: it takes all (dropless).
+    """
+
+    experts: int = 0
+    top_k: int = 2
+    ffn: int | None = None
+    shared_ffn: int = 0
+    first: int = 0
+    every: int = 1
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+    balance_over: Literal["sequence", "micro_batch"] = "sequence"
+    bias_rate: float = 0.0
+    capacity: float | None = None
+
+    def __post_init__(self) -> None:
+        if 0 < self.experts < self.top_k:
+            raise ValueError(f"model.moe.top_k={self.top_k} is more than model.moe.experts={self.experts}; lower it")
+        if self.capacity is not None and not self.capacity > 0:
+            raise ValueError(
+                f"model.moe.capacity is {self.capacity}; give a number above 0, or null to serve all tokens"
+            )
+        if not self.scale > 0:
+            raise ValueError(f"model.moe.scale is {self.scale}; it must be above 0")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A transformer. Letters: d = width, h = heads, kv = kv_heads, hd = head_dim, f = ffn, v = vocab_size.
 
@@ -81,6 +123,7 @@ class ModelConfig:
     head_transform: bool = False
     classes: int = 0
     pooler: bool = True
+    moe: MoEConfig = MoEConfig()
     norm: NormConfig = field(default_factory=NormConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
@@ -111,3 +154,24 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         return self.activation in GATED
+
+    @property
+    def expert_ffn(self) -> int:
+        """Width of an expert."""
+        return self.moe.ffn or self.ffn
+
+    def sparse(self, layer: int) -> bool:
+        """Whether the feed-forward of a layer (0-based) is a mixture of experts."""
+        moe = self.moe
+        return moe.experts > 0 and layer >= moe.first and (layer - moe.first + 1) % moe.every == 0
+
+    @property
+    def sparse_layers(self) -> int:
+        return sum(self.sparse(layer) for layer in range(self.layers))
+
+    def ffn_weights(self, layer: int) -> int:
+        """Weights of the feed-forward matrices of a layer that one token meets."""
+        per_feature = (3 if self.gated else 2) * self.width
+        if not self.sparse(layer):
+            return per_feature * self.ffn
+        return per_feature * (self.moe.top_k * self.expert_ffn + self.moe.shared_ffn) + self.width * self.moe.experts

@@ -22,6 +22,7 @@ OPTIONS = {
     "pooler": ("classifier",),
     "parallel_block": ("causal", "masked", "classifier"),
     "padding_id": ("causal", "masked", "classifier"),
+    "moe": ("causal",),
 }
 
 
@@ -54,12 +55,15 @@ def unit_costs(m: ModelConfig, sequence: int) -> tuple[int, ...]:
     """Training FLOPs a token of embedding, each layer (an encoder's before a decoder's), and head with the final norm."""
     attention = m.heads * m.hd
     projections = m.width * (2 * attention + 2 * m.kv * m.hd)
-    block = projections + (3 if m.gated else 2) * m.width * m.ffn
-    start, *layers, end = balance.unit_costs(m.layers, block, attention, sequence, m.head_weights)
+    layers = [
+        balance.unit_costs(1, projections + m.ffn_weights(i), attention, sequence, m.head_weights)
+        for i in range(m.layers)
+    ]
+    start, first, end = layers[0]
     if not m.source_layers:
-        return (start, *layers, end)
+        return (start, *(layer for _, layer, _ in layers), end)
     _, crossing, _ = balance.unit_costs(1, projections, attention, sequence, 0)
-    return (start, *layers[:1] * m.source_layers, *(cost + crossing for cost in layers), end)
+    return (start, *(first,) * m.source_layers, *(layer + crossing for _, layer, _ in layers), end)
 
 
 def ties(m: ModelConfig, stages: Sequence[tuple[int, int]], pp: int) -> dict[str, tuple[int, ...]]:

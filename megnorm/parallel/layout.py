@@ -7,7 +7,7 @@ outside this file knows how matrices are packed.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Matrix:
     owner: exactly one of the ranks of a model's copy that hold a slice owns it: it counts it in norms and writes it to
     checkpoints. (Replicas of the model, over dp, each have an owner.)
     copy: the same slice lies on another pipeline stage too, which owns it.
+    replicas: the mesh axis whose ranks hold the same slice for other tokens: "dp", or "edp" for what belongs to an expert.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Matrix:
     grad_sum: str | None = None
     owner: bool = True
     copy: bool = False
+    replicas: str = "dp"
 
     def view(self, storage: Tensor) -> Tensor:
         """The slice inside ``storage``; no copy."""
@@ -72,6 +74,13 @@ def layout_of(param: Tensor) -> Layout:
     layout = getattr(param, "megnorm_layout", None)
     assert isinstance(layout, Layout), "every parameter of a megnorm model is made by parallel.layout.parameter"
     return layout
+
+
+def belong_to_experts(module: nn.Module) -> None:
+    """Parameters of ``module`` are those of experts that this rank holds: their replicas are fewer."""
+    for param in module.parameters():
+        matrices = tuple(replace(matrix, replicas="edp") for matrix in layout_of(param).matrices)
+        param.megnorm_layout = Layout(matrices)  # type: ignore[attr-defined]
 
 
 def views(param: Tensor, storage: Tensor | None = None) -> list[tuple[Matrix, Tensor]]:

@@ -1,12 +1,13 @@
 """The mesh of ranks: axes pp, dp, tp, kv (ranks of a tp group that hold the same key/value heads) and ends (the first and
-the last stage, which share a tied embedding). Ties are further sets of stages that share a parameter.
+the last stage, which share a tied embedding). Ties are further sets of stages that share a parameter. dp is edp x ep: ep
+ranks share the experts of sparse layers, and edp ranks hold the same ones.
 
 A mesh is passed as an argument; there is no global state. An axis of size 1 has no group and costs nothing.
 """
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
 
@@ -27,7 +28,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads.
+    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads. ep and
+    edp split dp, of which ep ranks are neighbours.
 
     ends: of the ranks that differ in pp alone the first and the last; size 1 between them. ties: the like by name, of other
     sets of such ranks; size 1 on ranks outside of a set.
@@ -38,6 +40,8 @@ class Mesh:
     dp: Axis = Axis("dp")
     tp: Axis = Axis("tp")
     kv: Axis = Axis("kv")
+    ep: Axis = Axis("ep")
+    edp: Axis = Axis("edp")
     ends: Axis = Axis("ends")
     ties: Mapping[str, Axis] = field(default_factory=dict)
     lanes: Mapping[tuple[str, int], dist.ProcessGroup] = field(default_factory=dict)
@@ -67,6 +71,7 @@ def build_mesh(
     tp: int,
     pp: int,
     dp: int,
+    ep: int = 1,
     kv_heads: int,
     device: torch.device,
     sequence_parallel: bool = False,
@@ -75,12 +80,12 @@ def build_mesh(
 ) -> Mesh:
     """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that).
 
-    ties: by name, the pp ranks that share something.
+    ep: divides dp. ties: by name, the pp ranks that share something.
     """
     if tp * pp * dp == 1:
         return Mesh(device=device)
     everyone = dist.group.WORLD
-    axes = _axes(everyone, tp, pp, dp, max(1, tp // kv_heads), device.type)
+    axes = _axes(everyone, tp, pp, dp, ep, max(1, tp // kv_heads), device.type)
     lines = _pipelines(pp, dp * tp)
     ends = _tie(everyone, lines, "ends", (0, pp - 1)) if pp > 1 else Axis("ends")
     lanes = _lanes(everyone, lines) if device.type == "cuda" and pp > 1 else {}
@@ -129,19 +134,23 @@ def _own_group(members: list[list[int]]) -> dist.ProcessGroup | None:
 
 @functools.cache
 def _axes(
-    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, replicas: int, device_type: str
-) -> tuple[Axis, Axis, Axis, Axis]:
-    """The axes pp, dp, tp, kv over the ranks of ``everyone``. Groups cost threads: the same layout is made once."""
-    names = ("pp", "dp", "head", "kv")
-    mesh = init_device_mesh(device_type, (pp, dp, tp // replicas, replicas), mesh_dim_names=names)
+    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, ep: int, replicas: int, device_type: str
+) -> tuple[Axis, Axis, Axis, Axis, Axis, Axis]:
+    """The axes pp, dp, tp, kv, ep, edp over the ranks of ``everyone``. Groups cost threads: a layout is made once."""
+    names = ("pp", "edp", "ep", "head", "kv") if ep > 1 else ("pp", "dp", "head", "kv")
+    data = (dp // ep, ep) if ep > 1 else (dp,)
+    mesh = init_device_mesh(device_type, (pp, *data, tp // replicas, replicas), mesh_dim_names=names)
     flat = mesh["head", "kv"]._flatten("tp")
+    replicated = mesh["edp", "ep"]._flatten("dp") if ep > 1 else mesh["dp"]
 
     def axis(name: str, source: DeviceMesh) -> Axis:
         group = source.get_group()
         size = dist.get_world_size(group)
         return Axis(name, size, dist.get_rank(group), group if size > 1 else None)
 
-    return axis("pp", mesh["pp"]), axis("dp", mesh["dp"]), axis("tp", flat), axis("kv", mesh["kv"])
+    every = axis("dp", replicated)
+    experts = (axis("ep", mesh["ep"]), axis("edp", mesh["edp"])) if ep > 1 else (Axis("ep"), replace(every, name="edp"))
+    return axis("pp", mesh["pp"]), every, axis("tp", flat), axis("kv", mesh["kv"]), *experts
 
 
 def stage_axis(mesh: Mesh) -> Axis:

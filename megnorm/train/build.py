@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
             every=config.metrics.probe_every,
             reduce_sum=lambda x: all_reduce(x, mesh.tp),
             reduce_activations=lambda x: all_reduce(all_reduce(x, mesh.tp), mesh.dp),
-            gather=lambda sums: gather_objects(sums, mesh.pp),
+            gather=lambda sums: chain(*gather_objects(gather_objects(sums, mesh.ep), mesh.pp)),
+            counts=lambda matrix: matrix.replicas == "edp" or mesh.ep.rank == 0,
         ),
         train_data,
         valid_data,
@@ -99,6 +101,7 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
         tp=parallel.tp,
         pp=parallel.pp,
         dp=plan.dp,
+        ep=parallel.ep,
         kv_heads=plan.config.model.kv,
         device=device,
         sequence_parallel=plan.sequence_parallel,

@@ -169,7 +169,9 @@ def _largest(named: Sequence[Named], mesh: Mesh) -> str:
             squares[i] = square(n.view(grad))
     all_reduce(squares, mesh.tp)
     top = int(squares.argmax())
-    facts = gathered([float(squares[top]), float(squares.sum()), named[top].name], mesh)
+    # Of experts there are fewer copies among the ranks than of all else, by which the sum is divided below.
+    copies = torch.tensor([mesh.ep.size if n.matrix.replicas == "edp" else 1 for n in named], device=mesh.device)
+    facts = gathered([float(squares[top]), float((squares * copies).sum()), named[top].name], mesh)
     total = sum(fact[1] for fact in facts) / (mesh.dp.size * mesh.tp.size)
     share, _, name = max(facts)
     return f"the largest gradient is that of {name}, {100 * share / max(total, 1e-300):.0f}% of the square of the norm"

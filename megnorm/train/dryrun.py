@@ -44,7 +44,13 @@ def memory(plan: Plan) -> Iterator[Memory]:
     """Of every (pp, tp) place, pp outermost."""
     parallel, kv = plan.config.parallel, plan.config.model.kv
     replicas = max(1, parallel.tp // kv)
-    base = Mesh(dp=Axis("dp", plan.dp), device=META, sequence_parallel=plan.sequence_parallel)
+    base = Mesh(
+        dp=Axis("dp", plan.dp),
+        ep=Axis("ep", parallel.ep),
+        edp=Axis("edp", plan.dp // parallel.ep),
+        device=META,
+        sequence_parallel=plan.sequence_parallel,
+    )
     for pp in range(parallel.pp):
         for tp in range(parallel.tp):
             mesh = replace(
@@ -76,17 +82,21 @@ def _place(plan: Plan, mesh: Mesh) -> Memory:
 
 def _shares(plan: Plan, flat: DataParallel, stages: dict[int, Model]) -> tuple[np.ndarray, np.ndarray]:
     """By dp rank: elements of the ranges that it updates, and moments kept for them (none for padding)."""
-    parts = plan.dp if flat.shard else 1
-    edges = np.stack([np.linspace(b.start, b.stop, parts + 1, dtype=np.int64) for b in flat.buckets])
     muon = plan.config.optim.name == "muon"
     matrices = [(n.view(), 1 if muon and takes(n.matrix) else 2) for n in named_matrices(*stages.values())]
     starts, sizes, times = np.array(sorted((x.storage_offset(), x.numel(), kept) for x, kept in matrices)).T
     # Moments of what lies below a place in storage: 0, then rising through every matrix, level between them.
     places = np.stack([starts, starts + sizes], 1).ravel()
     below = np.repeat(np.concatenate([[0], (sizes * times).cumsum()]), 2)[1:-1]
-    covered = np.interp(edges, places, below).round().astype(np.int64)
-    held, moments = (np.diff(x, axis=1).sum(0) for x in (edges, covered))
-    return (held, moments) if flat.shard else (held.repeat(plan.dp), moments.repeat(plan.dp))
+    held, moments = np.zeros(plan.dp, np.int64), np.zeros(plan.dp, np.int64)
+    for bucket in flat.buckets:
+        parts = bucket.axis.size if flat.shard else 1
+        edges = np.linspace(bucket.start, bucket.stop, parts + 1, dtype=np.int64)
+        covered = np.interp(edges, places, below).round().astype(np.int64)
+        # A part of what edp ranks share is the same on the dp / edp neighbours, who hold as much of other experts.
+        for total, of_part in ((held, np.diff(edges)), (moments, np.diff(covered))):
+            total += of_part.repeat(plan.dp // parts)
+    return held, moments
 
 
 def table(plan: Plan) -> list[str]:

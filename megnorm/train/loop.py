@@ -115,5 +115,6 @@ class Pace:
             **({"skipped": float(result.skipped)} if self.run.scale.scale != 1.0 or result.skipped else {}),
             **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * size}),
             **self.slow.values(),
+            **result.routing,
             **result.probes,
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 from megnorm.checkpoint import io
 from megnorm.checkpoint.shard import Shard
 from megnorm.config import to_dict
+from megnorm.layers.router import biases
 from megnorm.parallel.layout import Piece
 from megnorm.train import report
 from megnorm.train.build import Run, open_data
@@ -22,12 +23,20 @@ NEW = ("classifier.", "pooler.")
 
 def shards(run: Run, *, owned: bool) -> list[Shard]:
     """Weights (fp32 masters where they exist) and moments; owned: only slices that this rank must write."""
-    return [
+    found = [
         Shard(name, view, piece.named.matrix.shape, offset)
         for name, piece, tensor in _tensors(run)
-        if not owned or (piece.named.matrix.owner and (run.flat.shard or run.mesh.dp.rank == 0))
+        if not owned or (piece.named.matrix.owner and (run.flat.shard or _replica(run, piece) == 0))
         for offset, view in piece.boxes(tensor)
     ]
+    if not owned or run.mesh.dp.rank == run.mesh.tp.rank == 0:
+        found += [Shard.whole(name, bias) for name, bias in biases(*run.stages.values())]
+    return found
+
+
+def _replica(run: Run, piece: Piece) -> int:
+    """Which of the ranks that hold the same slice for other tokens this one is."""
+    return run.mesh.axis(piece.named.matrix.replicas).rank
 
 
 def _tensors(run: Run) -> Iterator[tuple[str, Piece, Tensor]]:

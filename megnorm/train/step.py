@@ -3,11 +3,12 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from megnorm.layers import router
 from megnorm.models.build import Input
 from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
@@ -26,7 +27,8 @@ class StepResult:
     """loss: mean over the step's tokens, in nats. sequences: of the step, over all ranks. tokens: that had a loss.
 
     grad_norm: before clipping. skipped: the update was left out (fp16 overflowed, or train.guard said so). probes: by
-    name, on probed steps.
+    name, on probed steps. routing: of sparse layers, by name: their own losses, the load of the fullest expert over the
+    mean of its layer, the part of slots that was dropped.
     """
 
     loss: float
@@ -37,6 +39,7 @@ class StepResult:
     seconds: float
     skipped: bool
     probes: dict[str, float]
+    routing: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(run: Run) -> StepResult:
@@ -52,7 +55,10 @@ def train_step(run: Run) -> StepResult:
     batch = own_rows(run, run.train_data, run.consumed, sequences)
     tokens = global_tokens(run, batch)
     parts = list(micro_batches(batch, config.train, run.mesh.device))
+    stages = list(run.stages.values())
+    router.reset_loads(*stages)
     total = forward_backward(run, parts, tokens)
+    routing, loads = _routing(run)
     local = total.clone()
     for axis in (run.mesh.pp, run.mesh.dp):
         all_reduce(total, axis)
@@ -73,6 +79,7 @@ def train_step(run: Run) -> StepResult:
         run.guard.act(step, trouble, speak=run.mesh.rank == 0)
     elif not overflow:
         _update(run, norm, lr)
+        router.update_biases(loads, *stages)
     if config.train.precision == "fp16":
         run.scale.update(math.isfinite(norm))
     run.step, run.consumed = step, run.consumed + sequences
@@ -80,7 +87,20 @@ def train_step(run: Run) -> StepResult:
         run.flat.wait_weights()
     probes = run.observer.collect()
     skipped = overflow or trouble is not None
-    return StepResult(loss, sequences, tokens, norm, lr, time.perf_counter() - begin, skipped, probes)
+    return StepResult(loss, sequences, tokens, norm, lr, time.perf_counter() - begin, skipped, probes, routing)
+
+
+def _routing(run: Run) -> tuple[dict[str, float], torch.Tensor | None]:
+    """What sparse layers did in the passes of this step, and the loads of their experts; collective."""
+    if not run.plan.config.model.sparse_layers:
+        return {}, None
+    loads, extra = router.loads(run.mesh, *run.stages.values()), run.pipeline.extra.clone()
+    for axis in (run.mesh.pp, run.mesh.dp):
+        all_reduce(extra, axis)
+    found = {"routing_loss": float(extra), "fullest_expert": router.fullest(loads, run.mesh)}
+    if run.plan.config.model.moe.capacity is not None:
+        found["dropped"] = router.dropped(loads, run.mesh, *run.stages.values())
+    return found, loads
 
 
 def _update(run: Run, norm: float, lr: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megnorm.config import RunConfig
 from megnorm.data.config import DataConfig
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.config import ParallelConfig
@@ -91,6 +91,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 TASK = {"causal": "causal", "masked": "masked", "encdec": "spans", "classifier": "classes"}
+# Mixtures of experts, which between them have all that may interact with sharding.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "": {},
+    "dropless": {"experts": 4, "top_k": 2, "ffn": 24, "balance_loss": 0.3, "z_loss": 0.1},
+    "sigmoid": {
+        "experts": 4, "top_k": 3, "ffn": 16, "shared_ffn": 8, "score": "sigmoid", "normalize": True, "scale": 1.5,
+        "balance_loss": 0.3, "bias_rate": 0.05,
+    },
+    "capacity": {
+        "experts": 8, "top_k": 2, "ffn": 16, "capacity": 0.75, "balance_loss": 0.2, "balance_over": "micro_batch",
+        "z_loss": 0.1, "first": 1,
+    },
+}  # fmt: skip
 
 
 def schemes() -> list[str]:
@@ -106,11 +119,12 @@ def config(
     model: str = "llama",
     precision: str = "fp64",
     recompute: str = "",
+    moe: str = "",
     **parallel: Any,
 ) -> RunConfig:
     """A model of two layers or more (one for every stage), width 32, 4 heads and a vocabulary of 97, which no layout divides.
 
-    recompute: modes, with + between them.
+    recompute: modes, with + between them. moe: of MIXTURES.
     """
     name, options = OPTIONS.get(scheme, (scheme, {}))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
@@ -122,7 +136,7 @@ def config(
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
     modes = tuple(recompute.split("+")) if recompute else ()
     return RunConfig(
-        model=replace(sizes, norm=norm, **chosen),
+        model=replace(sizes, norm=norm, moe=MoEConfig(**MIXTURES[moe]), **chosen),
         data=DataConfig(task=TASK[family]),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(

@@ -51,6 +51,9 @@ SCHEMES = {
     "hybrid_dense__hybridnorm_star": "hybridnorm_star",
     "hybrid_dense__hybridnorm_star_eps": "hybridnorm_star",
     "hybrid_dense__": "hybridnorm_",
+    "hybrid_moe_hybridnorm": "hybridnorm",
+    "hybrid_moe_hybridnorm_star": "hybridnorm_star",
+    "hybrid_moe_pre_qk_pre": "hybridnorm_pre_qk_pre",
     "torchscale__decoder_deepnorm": "deepnorm",
     "torchscale__decoder_post_ln": "postln",
     "torchscale__decoder_pre_ln": "preln",
@@ -61,7 +64,7 @@ SCHEMES = {
     "torchscale__encoder_subln": "subln",
 }
 NOT_COVERED = {
-    "mixture of experts", "several streams", "stop-gradient gate",
+    "several streams", "stop-gradient gate",
     "factors that move with the step", "weights projected after each step", "value residual", "Hugging Face folder",
 }  # fmt: skip
 
@@ -83,12 +86,12 @@ def test_golden(shared: Path, name: str) -> None:
 
 
 def test_every_kind_is_there(shared: Path) -> None:
-    """The expectations above are not vacuous: 60 of the shared goldens are of covered kinds."""
+    """The expectations above are not vacuous: 63 of the shared goldens are of covered kinds."""
     covered = 0
     for name in ALL:
         with contextlib.suppress(NotCovered):
             covered += isinstance(load(FOLDER / name), Case)
-    assert covered == 60
+    assert covered == 63
 
 
 @pytest.mark.parametrize("name", ["hybridnorm_star", "mix_ln", "first_qkv_pre", "kc_post", "pre_post"])
@@ -176,6 +179,21 @@ WRONG: list[tuple[str, str, Callable[[Case], Case]]] = [
         "gelu by tanh",
         "torchscale__decoder_pre_ln",
         lambda c: replace(c, model=replace(c.model, activation="gelu_tanh")),
+    ),
+    (
+        "weights of experts that sum to 1",
+        "hybrid_moe_hybridnorm_star",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, normalize=True))),
+    ),
+    (
+        "another number of experts",
+        "hybrid_moe_pre_qk_pre",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, top_k=3))),
+    ),
+    (
+        "experts without room for all tokens",
+        "hybrid_moe_hybridnorm",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, capacity=0.8))),
     ),
     (
         "rotary theta",
@@ -273,6 +291,7 @@ TP_NAMES = [
     "frontier/xt_qk_norm_dim_scale",
     "hybrid_dense__hybridnorm_layernorm_bias",
     "hybrid_dense__qkvc_post",
+    "hybrid_moe_hybridnorm_star",
     "torchscale__decoder_subln",
     "torchscale__encdec_deepnorm",
     "torchscale__encdec_subln",

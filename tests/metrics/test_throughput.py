@@ -21,6 +21,9 @@ class Sizes:
     vocab_size: int
     gated: bool
 
+    def ffn_weights(self, layer: int) -> int:
+        return (3 if self.gated else 2) * self.width * self.ffn
+
 
 def test_gpt2_small_by_hand() -> None:
     sizes = Sizes(12, 768, 12, 12, 64, 3072, 50257, gated=False)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from goldens import placement
 from goldens.case import NEUTRAL, Case, NotCovered, choose, field, take, with_defaults, with_ends
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve, resolve_pair
 
@@ -34,11 +34,21 @@ OUTSIDE = {
 }  # fmt: skip
 
 
+# What goldens with experts do not say, being all alike: experts are down(silu(gate x) * (up x)), without biases.
+SPARSE = {"norm_bias": False, "embedding_norm": False, "activation": "swiglu", "linear_bias": False}
+ROUTER = "softmax over all experts in full precision, top-k probabilities used as they are (not renormalised)"
+
+
 def case(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
     """A neutral golden. Raises NotCovered, or ValueError if it says something the format does not document."""
     config = data["config"]
     _refuse(config, tensors)
     family = choose(KINDS_OF_MODEL, config.get("kind", "decoder-only"), "kind")
+    if "experts" in config:
+        if not str(field(config, "router")).startswith(ROUTER):
+            raise ValueError(f"config.router: '{config['router']}' is not documented; known is '{ROUTER}'")
+        config = {**SPARSE, "ffn_hidden": field(config, "expert_ffn_hidden"), **config}
+        tensors = dict(_by_expert(tensors))
     stack = {**config, **config.get("decoder", config.get("encoder", {}))}
     norm, own = _norm(stack)
     if family == "encdec":
@@ -84,8 +94,6 @@ def _longer(table: Tensor) -> Tensor:
 
 
 def _refuse(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    if "experts" in config or any(".experts." in name for name in tensors):
-        raise NotCovered("mixture of experts")
     if config.get("relative_bias") is not None and config.get("kind") != "encoder-only":
         raise NotCovered("relative position bias of a decoder that is bidirectional")
 
@@ -102,6 +110,16 @@ def _check_encoder(config: Mapping[str, Any], decoder: Mapping[str, Any], norm: 
         ours, alpha = float(layers[0].attention.residual.skip.value), field(config, f"{side}_residual_alpha")  # type: ignore[arg-type]
         if not math.isclose(ours, alpha, rel_tol=1e-14):
             raise ValueError(f"config.{side}_residual_alpha is {alpha}, that of scheme {norm.scheme} {ours}")
+
+
+def _by_expert(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with those [expert, out, in] as one for each expert."""
+    for name, tensor in tensors.items():
+        stem, found, role = name.partition(".experts.")
+        if found:
+            yield from ((f"{stem}.experts.{e}.{role}.weight", part) for e, part in enumerate(tensor))
+        else:
+            yield name, tensor
 
 
 def _norm(stack: Mapping[str, Any]) -> tuple[NormConfig, str]:
@@ -164,6 +182,8 @@ def _model(stack: Mapping[str, Any], norm: NormConfig, tensors: Mapping[str, Ten
     if stack.get("relative_bias") is not None:
         bias = stack["relative_bias"]
         own = {"relative_buckets": field(bias, "buckets"), "relative_distance": field(bias, "max_distance")}
+    if "experts" in stack:
+        own["moe"] = MoEConfig(experts=stack["experts"], top_k=field(stack, "experts_per_token"))
     if not str(stack.get("rope_style", "half")).startswith("half"):
         raise ValueError(f"config.rope_style: '{stack['rope_style']}' is not documented; known is half-split")
     words = "rotary" if "rope_theta" in stack else str(field(stack, "positions")).split(",")[0]
@@ -209,6 +229,8 @@ def canonical(name: str, own: str, family: str = "causal") -> str:
     outside, _, leaf = name.rpartition(".")
     if outside in OUTSIDE:
         return f"{OUTSIDE[outside]}.{leaf}"
+    if sparse := re.fullmatch(r"block(\d+)\.(ffn\.(?:router|experts\.\d+\.(?:up|gate|down))\.weight)", name):
+        return f"blocks.{sparse[1]}.{sparse[2]}"
     match = re.fullmatch(r"block(\d+)\.(attention|cross_attention|ffn)\.(\w+?)(\.weight|\.bias)?", name)
     if match is None:
         raise ValueError(f"the parameter '{name}' is not documented")

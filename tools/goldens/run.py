@@ -60,7 +60,7 @@ def stages_of(model: ModelConfig, pp: int) -> list[tuple[int, int]]:
 def mesh_of(case: Case, tp: int, pp: int = 1) -> Mesh:
     """The mesh for a golden over all ranks. Raises NotCovered if it does not split over tp ranks or pp stages."""
     model = case.model
-    for name, size in (("heads", model.heads), ("ffn", model.ffn)):
+    for name, size in (("heads", model.heads), ("ffn", model.ffn), ("expert ffn", model.expert_ffn)):
         if size % tp:
             raise NotCovered(f"tp {tp} does not divide {name} {size}")
     if model.kv % tp and tp % model.kv:
