@@ -88,6 +88,55 @@ def test_one_beam_is_greedy() -> None:
     assert beam_search(model, source, real, Beam(START, END, 1, longest=10)) == expected
 
 
+class Told:
+    """A model that says what follows a prefix as it was told; the other words share what is left."""
+
+    cfg = TINY
+
+    def __init__(self, following: dict[tuple[int, ...], dict[int, float]]) -> None:
+        self.following = following
+
+    def encode(self, source: Tensor, real: Tensor | None) -> Tensor:
+        return torch.zeros(1, source.shape[1], 1)
+
+    def scores(self, tokens: Tensor, memory: Tensor, real: Tensor | None) -> Tensor:
+        rows = []
+        for prefix in tokens[1:].t().tolist():
+            told = self.following.get(tuple(prefix), {})
+            rest = max(1.0 - sum(told.values()), 1e-9) / (7 - len(told))
+            rows.append([told.get(word, rest) for word in range(7)])
+        return torch.tensor([rows], dtype=torch.float64).log()
+
+    def found(self, beam: Beam) -> list[int]:
+        model: Any = self
+        return beam_search(model, torch.zeros(2, 1), None, replace(beam, cached=False))[0]
+
+
+A, B = 3, 4
+
+
+def test_hypotheses_differ_from_the_first_word_on() -> None:
+    """The best of all begins with the second best word, so that two beams must not both begin with the best."""
+    model = Told({(): {A: 0.5, B: 0.4}, (A,): {A: 0.3, B: 0.3, END: 0.2}, (B,): {END: 0.95}})
+    assert model.found(Beam(START, END, 2, 0.0, longest=4)) == [B]
+
+
+def test_length_counts_as_it_says() -> None:
+    """Logarithms 1 : 1.45 at lengths 2 and 3, with the end: the longer one wins where 1.5 ** penalty is above 1.45."""
+    model = Told({(): {A: 0.4, B: 0.4**1.45}, (A,): {END: 1.0}, (B,): {B: 1.0}, (B, B): {END: 1.0}})
+    assert model.found(Beam(START, END, 2, 1.0, longest=8)) == [B, B]
+    assert model.found(Beam(START, END, 2, 0.9, longest=8)) == [A]
+
+
+def test_the_search_ends_when_nothing_better_can_come() -> None:
+    """Two have ended after two words, and the one that goes on is better than both in the end, because it is long."""
+    sure = {(A,) * n: {A: 1.0} for n in range(2, 5)} | {(A,) * 5: {END: 1.0}}
+    model = Told({(): {END: 0.5, A: 0.4}, (A,): {END: 0.5, A: 0.49}, **sure})
+    assert model.found(Beam(START, END, 2, 1.0, longest=8)) == [A] * 5
+    assert model.found(Beam(START, END, 2, 0.0, longest=8)) == []
+    assert model.found(Beam(START, END, 1, 1.0, longest=8)) == [], "one beam is greedy"
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.5])
 def test_a_wide_beam_finds_the_best_of_all(penalty: float) -> None:
     """4 words of which one ends, up to 4 long: 3^3 hypotheses at most that go on."""

@@ -144,6 +144,21 @@ def test_who_sees_what() -> None:
     assert changed[:, 0].tolist() == [False] * 4 + [True] * 4 and not changed[:, 1].any()
 
 
+@pytest.mark.parametrize("name", ["encoder", "apart"])
+def test_padding_is_as_if_it_were_not_there(name: str) -> None:
+    """For the encoder itself, and for a decoder that reads what it made of the padding."""
+    model: Any = build_model(MODELS[name], double()).eval()
+    batch: Any = batch_of(MODELS[name])
+    key = "tokens" if name == "encoder" else "source"
+    length = int(batch.real[:, 1].sum())
+    assert batch.real[:length, 1].all() and length < len(batch.real)
+    cut = {key: getattr(batch, key)[:length], "real": None}
+    if name == "encoder":
+        cut["segments"] = batch.segments[:length]
+    plain, short = model.logits(batch)[:, 1], model.logits(replace(batch, **cut))[:, 1]
+    torch.testing.assert_close(plain[: len(short)], short, rtol=1e-9, atol=1e-10)
+
+
 def test_smoothing_is_torchs_and_of_training_alone() -> None:
     cfg = replace(MODELS["apart"], dropout=0.0, attention_dropout=0.0)
     model: Any = build_model(cfg, double())

@@ -109,6 +109,7 @@ REFUSALS = {
     "pairs too long": ("pairs", ["data.pairs.longest=17"], "longer than model.max_source_positions=16"),
     "spans too long": ("spans", ["train.sequence_length=32"], "longer than model.max_source_positions=24"),
     "padding by token": ("pairs", ["model.padding_id=0"], "only for causal and masked"),
+    "experts in an encoder": ("masked", ["model.moe.experts=4"], "model.moe has no meaning for model.family=masked"),
     "smoothing of everything": ("pairs", ["model.label_smoothing=1.0"], "must be in [0, 1)"),
 }
 
