@@ -40,7 +40,7 @@ class _Best:
         self.found = sorted([*self.found, (score, tokens)], key=lambda one: -one[0])[: self.size]
 
     def settled(self, hope: float) -> bool:
-        """Whether there are enough of them, none worse than the best that may still come. One beam takes what it finds first."""
+        """Whether there are enough of them, none worse than the best that may still come; one beam takes what it finds."""
         return len(self.found) == self.size and (self.size == 1 or self.found[-1][0] >= hope)
 
 

@@ -175,10 +175,11 @@ def one_sided(rank: int, world: int, config: RunConfig) -> parity.Difference | N
         return parity.on_rank(rank, world, config, 3)
 
 
-@pytest.mark.parametrize("zero", (pytest.param(0, marks=pytest.mark.full), 1))
-def test_ranks_whose_experts_get_nothing(ranks: Any, zero: int) -> None:
+@pytest.mark.parametrize(("zero", "shared_ffn"), (pytest.param(0, 8, marks=pytest.mark.full), (1, 0)))
+def test_ranks_whose_experts_get_nothing(ranks: Any, zero: int, shared_ffn: int) -> None:
+    """Without a shared expert nothing that is computed again lies behind the experts."""
     config = cases.config("normformer", moe="sigmoid", dp=2, ep=2, zero=zero, recompute="block")
-    moe = replace(config.model.moe, top_k=1, normalize=False)
+    moe = replace(config.model.moe, top_k=1, normalize=False, shared_ffn=shared_ffn)
     difference = ranks(2).run(one_sided, replace(config, model=replace(config.model, moe=moe)))[0]
     assert difference.worst <= parity.TOLERANCE["fp64"], difference
 
