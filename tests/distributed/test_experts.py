@@ -53,9 +53,9 @@ EVERY = [
     }
     for (i, scheme), (j, layout) in itertools.product(enumerate(SCHEMES), enumerate(LAYOUTS))
 ]
-DEALT = [case for n, case in enumerate(EVERY) if (n // len(LAYOUTS) + n) % len(SCHEMES) == 0]
-
-
+DEALT, MORE = (
+    [case for n, case in enumerate(EVERY) if (n // len(LAYOUTS) + n) % len(SCHEMES) == turn] for turn in (0, 2)
+)
 FAST = DEALT[::2]
 
 
@@ -84,8 +84,11 @@ def test_a_layout_is_serial(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, 2)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", EVERY, ids=named)
+def by_hand(case: dict[str, Any], full: bool) -> Any:
+    return pytest.param(case, marks=pytest.mark.full if full else pytest.mark.exhaustive, id=named(case))
+
+
+@pytest.mark.parametrize("case", [by_hand(case, case in [*DEALT, *MORE]) for case in EVERY])
 def test_every_scheme_in_every_layout(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, parity.SGD_STEPS)
 
@@ -140,7 +143,7 @@ def there_and_back(rank: int, world: int, k: int, experts: int) -> int:
     return tried
 
 
-@pytest.mark.parametrize(("size", "experts", "k"), [(2, 6, 3), (4, 4, 2)])
+@pytest.mark.parametrize(("size", "experts", "k"), [(2, 6, 3), pytest.param(4, 4, 2, marks=pytest.mark.full)])
 def test_dispatch_and_combine_are_inverses(ranks: Any, size: int, experts: int, k: int) -> None:
     assert ranks(size).run(there_and_back, k, experts) == [70] * size
 
@@ -283,12 +286,19 @@ def resharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_reshard, "overrides", lambda layout: plain(layout) + mixture)
 
 
+@pytest.mark.full
 def test_a_checkpoint_goes_on_in_other_layouts(ranks: Any, tmp_path: Path, resharded: None) -> None:
     test_reshard.check(ranks, tmp_path, "hybridnorm_star", {"pp2": ["ep2"], "one": ["pp2"], "ep2": ["one"]}, 2)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(i, marks=pytest.mark.full if scheme in ("deepnorm", "hybridnorm_star") else pytest.mark.exhaustive)
+        for i, scheme in enumerate(SCHEMES)
+    ],
+    ids=SCHEMES,
+)
 def test_every_layout_goes_on_from_every_other(ranks: Any, tmp_path: Path, resharded: None, number: int) -> None:
     """All pairs, dealt to the schemes."""
     pairs = {

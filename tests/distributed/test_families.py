@@ -40,7 +40,7 @@ EVERY = [
     for j, models in enumerate((MASKED, ENCDEC))
     for k, layout in enumerate(LAYOUTS)
 ]
-# Every scheme, every model and every layout in the fast set, and every model in stages.
+# Every scheme and every model in stages of two ranks in the fast set, and in more stages in the full one.
 FAST = [
     case(SCHEMES[i % 5], model, layout, i + j)
     for i, model in enumerate(cases.FAMILIES)
@@ -48,12 +48,20 @@ FAST = [
 ]
 
 
-@pytest.mark.parametrize("case", FAST, ids=named)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.full] if n % 2 else [], id=named(case)) for n, case in enumerate(FAST)],
+)
 def test_stages_and_what_they_share(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, "fp64", 2)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", EVERY, ids=named)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.full if n % 3 == 0 else pytest.mark.exhaustive, id=named(case))
+        for n, case in enumerate(EVERY)
+    ],
+)
 def test_every_layout(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, "fp64", 3)
