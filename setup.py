@@ -49,7 +49,7 @@ setup(
         "liger": ["liger-kernel>=0.8"],
         "triton": ["triton>=3.0"],  # torch for CUDA brings its own; this is for the interpreter on a CPU
         "mpi": MPI,
-        "eval": ["lm-eval>=0.4.5"],
+        "eval": ["lm-eval>=0.4.5", "sacrebleu>=2.4"],
         "data": DATA,
         "remote": REMOTE,
         "zstd": ZSTD,

@@ -10,6 +10,7 @@ import megnorm
 # verb: (what it does, the module that holds add_<verb>_arguments(parser) and run_<verb>(args) -> exit code)
 VERBS = {
     "train": ("train a model", "megnorm.train.main"),
+    "finetune": ("train with several seeds, and tell the median", "megnorm.train.finetune"),
     "plan": ("look before launch: sizes, parameters, refusals", "megnorm.train.commands"),
     "preprocess": ("JSONL to .bin/.idx", "megnorm.data.commands"),
     "data": ("inspect, verify, merge, split token files", "megnorm.data.commands"),
@@ -18,6 +19,7 @@ VERBS = {
     "checkpoint": ("inspect, verify, compare checkpoints", "megnorm.checkpoint.commands"),
     "generate": ("continue a text", "megnorm.infer.commands"),
     "eval": ("perplexity of texts, tasks of lm-eval", "megnorm.infer.commands"),
+    "translate": ("lines of text through an encoder-decoder, with BLEU", "megnorm.infer.commands"),
     "plot": ("draw a run's figures", "megnorm.metrics.commands"),
     "compare": ("several runs as a table and a figure", "megnorm.metrics.commands"),
     "norms": ("the normalization schemes: table, numbers, drawings", "megnorm.hf.schemes"),

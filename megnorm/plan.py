@@ -7,22 +7,27 @@ from itertools import accumulate
 from typing import Any
 
 from megnorm.config import RunConfig
+from megnorm.data.config import MULTIPLE
+from megnorm.models import check, family
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import count_parameters, padded_vocabulary
-from megnorm.norms.resolve import Resolved, resolve, scheme_of
-from megnorm.norms.scheme import ROLES, SubLayer, warnings_for
+from megnorm.norms.resolve import Resolved, scheme_of
+from megnorm.norms.scheme import ROLES, warnings_for
 from megnorm.optim import schedule
 from megnorm.parallel import balance
+from megnorm.parallel.divisors import divisors, near
 from megnorm.parallel.schedule import Schedule, check_sizes, make_schedule
 
 # The least value of a key by section; None (a default that is derived) passes.
 LEAST: dict[str, dict[str, int]] = {
-    "model": dict.fromkeys(
-        ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "max_positions"), 1
-    ),
+    "model": {"segments": 0, "relative_buckets": 4}
+    | dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "max_positions"), 1)
+    | dict.fromkeys(("encoder_layers", "max_source_positions", "relative_distance"), 1),
+    "model.moe": {"experts": 0, "top_k": 1, "ffn": 1, "shared_ffn": 0, "first": 0, "every": 1}
+    | dict.fromkeys(("balance_loss", "z_loss", "bias_rate"), 0),
     "model.init": dict.fromkeys(("std", "embedding_std", "position_std", "head_std"), 0),
     "model.norm": {"eps": 0},
-    "parallel": dict.fromkeys(("tp", "pp", "dp", "virtual_stages", "vocab_multiple"), 1),
+    "parallel": dict.fromkeys(("tp", "pp", "dp", "ep", "virtual_stages", "vocab_multiple"), 1),
     "optim": dict.fromkeys(("lr", "min_lr", "warmup_start_lr", "eps", "weight_decay", "clip"), 0)
     | dict.fromkeys(("loss_scale", "loss_scale_window"), 1),
     "train": dict.fromkeys(
@@ -30,7 +35,6 @@ LEAST: dict[str, dict[str, int]] = {
     )
     | {"eval_every": 0, "eval_batches": 0, "check_replicas_every": 0, "recompute_blocks": 1},
 }
-TASKS = {"causal": ("causal",)}  # what each family of models can be trained for
 POSITIVE = ("model.rope_theta", "model.logit_scale", "parallel.timeout", "parallel.bucket_mb", "optim.power")
 
 
@@ -59,8 +63,19 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def tokens_per_sample(self) -> int:
+        """Of a bucket of pairs: the most that its longer side may hold, padding included."""
+        data = self.config.data
+        return data.pairs.tokens_per_batch if data.task == "pairs" else self.config.train.sequence_length
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.config.train.global_batch * self.config.train.sequence_length
+        return self.config.train.global_batch * self.tokens_per_sample
+
+    @property
+    def ties(self) -> dict[str, tuple[int, ...]]:
+        """The pp ranks that share a parameter, by name."""
+        return family.ties(self.config.model, self.stages, self.config.parallel.pp)
 
     @property
     def schedule(self) -> Schedule:
@@ -87,10 +102,14 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     _check_guard(config)
     _check_kernels(config)
     schedule.check(config.optim, config.train.steps)
-    if config.data.task not in TASKS[config.model.family]:
+    if config.data.task not in family.TASKS[config.model.family]:
         raise PlanError(
             f"data.task={config.data.task} is nothing that model.family={config.model.family} can be trained for; use "
-            f"{' or '.join(TASKS[config.model.family])}"
+            f"{' or '.join(family.TASKS[config.model.family])}"
+        )
+    if config.train.eval_units and config.model.family != "causal":
+        raise PlanError(
+            f"train.eval_units reads samples as text, as model.family={config.model.family} does not; leave it out"
         )
     if config.model.padding_id is not None and (config.data.separate_documents or config.data.reset_positions):
         raise PlanError(
@@ -105,10 +124,11 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     dp = _check_layout(config, world)
     parallel = config.parallel
     sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
-    micro_batches = _check_batch(config, dp, sequence_parallel)
+    _check_lengths(config, sequence_parallel)
+    micro_batches = _check_batch(config, dp)
     _check_ramp(config, dp)
     stages = _stages(config, world // parallel.tp)
-    resolved = resolved or resolve(config.model.norm, config.model.layers)
+    resolved = resolved or family.resolve_model(config.model)
     check_scheme(config.model, resolved)
     by_role = count_parameters(config.model, resolved)
     return Plan(
@@ -143,44 +163,17 @@ def _check_kernels(config: RunConfig) -> None:
 def check_model(m: ModelConfig) -> None:
     """Sizes that contradict each other."""
     _check_ranges(RunConfig(model=m), "model")
-    if m.head_dim is None and m.width % m.heads:
-        raise PlanError(
-            f"model.heads={m.heads} does not divide model.width={m.width}; set model.head_dim or use {_near(m.width, m.heads)}"
-        )
-    if m.heads % m.kv:
-        raise PlanError(f"model.kv_heads={m.kv} does not divide model.heads={m.heads}; use {_near(m.heads, m.kv)}")
-    if m.positions == "rotary" and m.hd % 2:
-        raise PlanError(f"model.head_dim is {m.hd}; rotary positions need an even one")
-    if m.padding_id is not None and not 0 <= m.padding_id < m.vocab_size:
-        raise PlanError(f"model.padding_id={m.padding_id} is outside the vocabulary of {m.vocab_size}")
-    for name in ("dropout", "attention_dropout"):
-        if not 0.0 <= getattr(m, name) < 1.0:
-            raise PlanError(f"model.{name}={getattr(m, name)} must be in [0, 1)")
+    _refuse(check.model_problem(m))
 
 
 def check_scheme(m: ModelConfig, resolved: Resolved) -> None:
     """Combinations of scheme and model that mean nothing."""
-    if len(resolved.layers) != m.layers:
-        raise PlanError(f"model.layers={m.layers}, but the checkpoint's scheme has {len(resolved.layers)} layers")
-    for i, layer in enumerate(resolved.layers):
-        if layer.attention.head_scale == "post_projection" and m.heads * m.hd != m.width:
-            raise PlanError(
-                f"head_scale=post_projection cuts the width in heads, but model.heads*head_dim={m.heads * m.hd} is not "
-                f"model.width={m.width}; use pre_projection"
-            )
-        if m.parallel_block and not (_runs_beside(layer.attention) and _runs_beside(layer.ffn)):
-            raise PlanError(
-                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm, scales the skip, or adds "
-                "to something else than the stream, which has no meaning for branches that run side by side; use a "
-                "pre-norm scheme"
-            )
+    _refuse(check.scheme_problem(m, resolved))
 
 
-def _runs_beside(part: SubLayer) -> bool:
-    """Whether a sub-layer only adds to the stream, as x + A(..) + F(..) needs."""
-    residual = part.residual
-    plain = residual.skip.learned is None and residual.skip.value == 1.0 and not residual.layer_input
-    return plain and part.post is None and residual.source == "stream"
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise PlanError(problem)
 
 
 def _check_ranges(config: RunConfig, top: str) -> None:
@@ -223,7 +216,7 @@ def _check_optim(config: RunConfig) -> None:
 
 
 def _check_recompute(config: RunConfig) -> None:
-    t, layers = config.train, config.model.layers
+    t, layers = config.train, max(config.model.layers, config.model.source_layers)
     others = [mode for mode in t.recompute if mode != "block"]
     if "block" in t.recompute and others:
         raise PlanError(
@@ -263,11 +256,11 @@ def _check_layout(config: RunConfig, world: int) -> int:
     parallel, m = config.parallel, config.model
     tp, pp = parallel.tp, parallel.pp
     if world % tp:
-        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {_near(world, tp)}")
+        raise PlanError(f"parallel.tp={tp} does not divide the {world} ranks; use {near(world, tp)}")
     if world // tp % pp:
         raise PlanError(
             f"parallel.pp={pp} does not divide the {world // tp} ranks that parallel.tp={tp} leaves of {world}; use "
-            f"{_near(world // tp, pp)}"
+            f"{near(world // tp, pp)}"
         )
     dp = world // (tp * pp) if parallel.dp is None else parallel.dp
     if dp * tp * pp != world:
@@ -276,38 +269,60 @@ def _check_layout(config: RunConfig, world: int) -> int:
             f"{world // (tp * pp)}"
         )
     if m.heads % tp:
-        raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {_divisors(m.heads)}")
+        raise PlanError(f"model.heads={m.heads} is not divisible by parallel.tp={tp}; use tp of {divisors(m.heads)}")
     if m.kv % tp and tp % m.kv:
         raise PlanError(
             f"model.kv_heads={m.kv} neither divides parallel.tp={tp} nor is divided by it; use tp of "
-            f"{[n for n in _divisors(m.heads) if m.kv % n == 0 or n % m.kv == 0]}"
+            f"{[n for n in divisors(m.heads) if m.kv % n == 0 or n % m.kv == 0]}"
         )
     if m.ffn % tp:
         raise PlanError(
-            f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {_near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
+            f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
         )
+    _refuse(check.expert_problem(m, tp=tp, ep=parallel.ep, dp=dp))
     return dp
 
 
-def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> int:
-    """The micro-batches of a step, on each rank."""
-    t, m = config.train, config.model
-    if t.sequence_length > m.max_positions:
+def _check_lengths(config: RunConfig, sequence_parallel: bool) -> None:
+    """What a batch of the task holds must fit the tables of positions, and split over tp."""
+    t, m, tp = config.train, config.model, config.parallel.tp
+    longest = [(t.sequence_length, "max_positions", m.max_positions)]
+    if m.family == "encdec":
+        source, target = config.data.longest_pair(t.sequence_length)
+        longest = [(source, "max_source_positions", m.source_positions), (target, "max_positions", m.max_positions)]
+    name = "data.pairs.longest" if config.data.task == "pairs" else "train.sequence_length"
+    for length, key, rows in longest:
+        if length > rows:
+            padded = ", padded," if m.family == "encdec" else ""
+            raise PlanError(
+                f"{name}={length}{padded} is longer than model.{key}={rows}, the rows of the position table; shorten the one "
+                "or enlarge the other"
+            )
+    if sequence_parallel and m.family == "encdec" and MULTIPLE % tp:
         raise PlanError(
-            f"train.sequence_length={t.sequence_length} is longer than model.max_positions={m.max_positions}, the rows of "
-            "the position table; shorten the one or enlarge the other"
+            f"data.task={config.data.task} pads lengths to multiples of {MULTIPLE}, which parallel.tp={tp} does not divide; "
+            f"use tp of {divisors(MULTIPLE)}, or set parallel.sequence_parallel=false"
         )
-    tp = config.parallel.tp
-    if sequence_parallel and t.sequence_length % tp:
+    if sequence_parallel and m.family != "encdec" and t.sequence_length % tp:
         fitting = t.sequence_length // tp * tp or tp
         raise PlanError(
             f"train.sequence_length={t.sequence_length} is not divisible by parallel.tp={tp}, which sequence parallelism "
             f"needs; use {fitting}, or set parallel.sequence_parallel=false"
         )
+
+
+def _check_batch(config: RunConfig, dp: int) -> int:
+    """The micro-batches of a step, on each rank."""
+    t = config.train
+    if config.data.task == "pairs" and t.micro_batch != 1:
+        raise PlanError(
+            f"train.micro_batch={t.micro_batch}, but a sample of data.task=pairs is a bucket of data.pairs.tokens_per_batch "
+            "tokens, which is computed at a time; set it to 1"
+        )
     per_step = dp * t.micro_batch
     if t.global_batch % per_step:
         totals = sorted({t.global_batch // per_step * per_step, -(-t.global_batch // per_step) * per_step} - {0})
-        smaller = "" if t.global_batch % dp else f", or a micro_batch of {_near(t.global_batch // dp, t.micro_batch)}"
+        smaller = "" if t.global_batch % dp else f", or a micro_batch of {near(t.global_batch // dp, t.micro_batch)}"
         raise PlanError(
             f"train.global_batch={t.global_batch} is not a multiple of dp={dp} x train.micro_batch={t.micro_batch}; "
             f"use {' or '.join(map(str, totals))}{smaller}"
@@ -322,16 +337,17 @@ def _check_batch(config: RunConfig, dp: int, sequence_parallel: bool) -> int:
 
 def _stages(config: RunConfig, ranks: int) -> tuple[tuple[int, int], ...]:
     """The layers of each pipeline stage. ranks: those of one tensor-parallel rank, to be shared by pp and dp."""
-    parallel, layers = config.parallel, config.model.layers
+    parallel, layers = config.parallel, config.model.layers + config.model.source_layers
+    name = "model.encoder_layers + layers" if config.model.source_layers else "model.layers"
     count = parallel.pp * parallel.virtual_stages
     if count > layers:
         chunks, most = parallel.virtual_stages, layers // parallel.pp
-        fitting = [n for n in _divisors(ranks) if n * chunks <= layers and (n > 1 or chunks == 1)]
+        fitting = [n for n in divisors(ranks) if n * chunks <= layers and (n > 1 or chunks == 1)]
         ways = [f"parallel.pp of {fitting}"] if fitting else []
         ways += [f"parallel.virtual_stages of 2 to {most}"] if 1 < most < chunks else []
         raise PlanError(
             f"parallel.pp={parallel.pp} x virtual_stages={chunks} makes {count} stages of a layer or more, but "
-            f"model.layers={layers}; use {', or '.join([*ways, f'model.layers of {count} or more'])}"
+            f"{name}={layers}; use {', or '.join([*ways, f'{name} of {count} or more'])}"
         )
     given = parallel.stage_layers
     if given is None:
@@ -340,18 +356,15 @@ def _stages(config: RunConfig, ranks: int) -> tuple[tuple[int, int], ...]:
         even = [last - first for first, last in balance.split(unit_costs(config), count)]
         raise PlanError(
             f"parallel.stage_layers={list(given)} must be {count} numbers (parallel.pp x parallel.virtual_stages) of at least "
-            f"1 that sum to model.layers={layers}, as {even} do"
+            f"1 that sum to {name}={layers}, as {even} do"
         )
     ends = list(accumulate(given))
     return tuple(zip([0, *ends], ends, strict=False))
 
 
 def unit_costs(config: RunConfig) -> tuple[int, ...]:
-    """Training FLOPs a token of embedding, each layer, and head; the projections of a layer and its FFN."""
-    m = config.model
-    attention = m.heads * m.hd
-    block = m.width * (2 * attention + 2 * m.kv * m.hd + (3 if m.gated else 2) * m.ffn)
-    return balance.unit_costs(m.layers, block, attention, config.train.sequence_length, m.width * m.vocab_size)
+    """Training FLOPs a token of embedding, each layer, and head."""
+    return family.unit_costs(config.model, config.train.sequence_length)
 
 
 def _check_ramp(config: RunConfig, dp: int) -> None:
@@ -363,14 +376,3 @@ def _check_ramp(config: RunConfig, dp: int) -> None:
     problem = t.batch_ramp.problem(t.global_batch, unit, what)
     if problem is not None:
         raise PlanError(problem)
-
-
-def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def _near(n: int, wish: int) -> str:
-    """The divisors of n next to ``wish``."""
-    below = [i for i in _divisors(n) if i <= wish]
-    above = [i for i in _divisors(n) if i > wish]
-    return " or ".join(str(i) for i in (*below[-1:], *above[:1]))

@@ -36,7 +36,10 @@ RULES: dict[str, set[str]] = {
         "optim.schedule",
         "parallel.schedule",
         "parallel.balance",
+        "parallel.divisors",
+        "models.check",
         "models.count",
+        "models.family",
         "hf.families",
     },
     "train": BELOW_TRAIN | {"hf", "infer", "plan"},
@@ -53,7 +56,10 @@ TORCH_FREE = (
     "optim.schedule",
     "parallel.schedule",
     "parallel.balance",
+    "parallel.divisors",
+    "models.check",
     "models.count",
+    "models.family",
     "hf.families.",
 )
 
@@ -72,7 +78,7 @@ REQUIRED = {
 # imported inside functions, or inside a `try`, so that megnorm works without them
 OPTIONAL = {
     "apex", "flash_attn", "flash_attn_interface", "fsspec", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
-    "pyarrow", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
+    "pyarrow", "sacrebleu", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
     "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip
 SHIPPED = {"hf.modeling_megnorm", "hf.attention_megnorm", "hf.configuration_megnorm", "hf.norms_megnorm"}

@@ -24,7 +24,12 @@ from torch import Tensor, nn
 
 from megnorm import config as configs
 from megnorm.config import RunConfig
+from megnorm.data.config import MULTIPLE
+from megnorm.layers import router
+from megnorm.models.build import Input
 from megnorm.models.causal import Tokens
+from megnorm.models.encdec import Pairs
+from megnorm.models.masked import MaskedTokens
 from megnorm.optim.clip import global_norm
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
@@ -82,7 +87,7 @@ def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
     def whole(storage: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         own = {n.name: full_tensor(n, storage(n.param), mesh) for n in named}
         found: dict[str, Tensor] = {}
-        for part in gather_objects(own, mesh.pp):
+        for part in (part for stage in gather_objects(gather_objects(own, mesh.ep), mesh.pp) for part in stage):
             for name, tensor in part.items():
                 if not torch.equal(found.setdefault(name, tensor), tensor):
                     found[name] = torch.full_like(tensor, float("nan"))  # two stages hold different copies
@@ -101,38 +106,60 @@ def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
         for piece in flat.pieces:
             piece.master.add_(piece.grad, alpha=-SGD_RATE)
         flat.publish()
+        router.update_biases(router.loads(mesh, *stages.values()), *stages.values())
     flat.wait_weights()
-    return Trace(initial, losses, grads, norm, whole(lambda param: param.detach()))
+    weights = whole(lambda param: param.detach())
+    for found in gather_objects(dict(router.biases(*stages.values())), mesh.pp):
+        weights |= found
+    return Trace(initial, losses, grads, norm, weights)
 
 
 def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataParallel, step: int) -> float:
-    """One step's global loss; gradients end in flat storage, reduced as training reduces them."""
+    """One step's global loss, with that of sparse layers; gradients end in flat storage, reduced as training reduces them."""
     parts = [random_batch(plan.config, step, i) for i in range(PARTS)]
     tokens = sum(float(part.loss_mask.sum()) for part in parts)
     own, parallel = parts[mesh.dp.rank :: mesh.dp.size], plan.config.parallel
     schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, len(own))
     flat.zero()
+    router.reset_loads(*pipeline.stages.values())  # type: ignore[arg-type]
 
     def before(action: Action, final: bool) -> None:
         if final:
             flat.expect(action.stage)
 
-    total = pipeline.run(schedule, own, weight=1.0 / tokens, before=before)
+    total = pipeline.run(schedule, own, weight=1.0 / tokens, before=before) + pipeline.extra
     for axis in (mesh.pp, mesh.dp):
         all_reduce(total, axis)
     flat.finish()
     return float(total)
 
 
-def random_batch(config: RunConfig, step: int, index: int) -> Tokens:
-    """Random tokens [s, b] with a random loss mask whose sum differs between micro-batches, and padding if there is any."""
+def random_batch(config: RunConfig, step: int, index: int) -> Input:
+    """Random tokens [s, b] with a random loss mask whose sum differs between micro-batches, and padding if there is any.
+
+    Of an encoder-decoder the source is longer than the target, by a number that differs between micro-batches.
+    """
     generator = torch.Generator().manual_seed(derive(7, step, index))
-    s, b, v = config.train.sequence_length, config.train.micro_batch, config.model.vocab_size
-    tokens = torch.randint(0, v, (s + 1, b), generator=generator)
-    if config.model.padding_id is not None:
-        tokens[-(index + 1) :, 0] = config.model.padding_id
+    m, s, b = config.model, config.train.sequence_length, config.train.micro_batch
+    tokens = torch.randint(0, m.vocab_size, (s + 1, b), generator=generator)
+    if m.padding_id is not None:
+        tokens[-(index + 1) :, 0] = m.padding_id
     mask = (torch.rand(s, b, generator=generator) < (0.5 + 0.1 * index)).float()
-    return Tokens(tokens[:-1], tokens[1:], mask)
+    plain = tokens[:-1], tokens[1:], mask
+    if m.family == "causal":
+        return Tokens(*plain)
+    longer = s + MULTIPLE * (index % 2) if m.family == "encdec" else s
+    real = torch.ones(longer, b, dtype=torch.bool)
+    real[-(index + 1) :, 0] = False
+    other = torch.randint(0, m.vocab_size, (longer, b), generator=generator)
+    if m.family == "encdec":
+        return Pairs(other, real, *plain)
+    if m.family == "classifier":
+        classes = torch.randint(0, m.classes, (b,), generator=generator)
+        return MaskedTokens(tokens[:-1], classes, torch.ones(b), real=real, segments=other % max(m.segments, 1))
+    return MaskedTokens(
+        *plain, real=None if m.padding_id else real, segments=other % m.segments if m.segments else None
+    )
 
 
 def compare(serial: Trace, parallel: Trace) -> Difference:
@@ -174,7 +201,15 @@ def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) ->
 def serial_of(config: RunConfig) -> RunConfig:
     """The same run on one rank, without recompute."""
     alone = dataclasses.replace(
-        config.parallel, tp=1, pp=1, dp=1, sequence_parallel=None, schedule="1f1b", virtual_stages=1, stage_layers=None
+        config.parallel,
+        tp=1,
+        pp=1,
+        dp=1,
+        ep=1,
+        sequence_parallel=None,
+        schedule="1f1b",
+        virtual_stages=1,
+        stage_layers=None,
     )
     plain = dataclasses.replace(config.train, recompute=(), recompute_blocks=None)
     return dataclasses.replace(config, parallel=alone, train=plain)

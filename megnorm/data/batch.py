@@ -40,6 +40,11 @@ class Batch:
 
 
 @dataclass
+class MaskedBatch(Batch):
+    """Rows with some tokens corrupted, for a masked language model: labels stand at their own places."""
+
+
+@dataclass
 class PairBatch:
     """Source and target sequences of an encoder-decoder; s: source, t: target length, b: rows.
 
@@ -56,7 +61,8 @@ class PairBatch:
 
 @dataclass
 class ClassBatch:
-    """Sequences with a class each. tokens: [s, b] int64; mask: [s, b] float32; segments: [s, b] int64; classes: [b]."""
+    """Sequences with a class each. tokens: [s, b] int64; mask: [s, b] float32; segments: [s, b] int64; classes: [b] int64, or
+    float32 for regression."""
 
     tokens: Tensor
     mask: Tensor

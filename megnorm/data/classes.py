@@ -31,7 +31,7 @@ def read_examples(
     texts, label = texts or tuple(names[:-1]), label or names[-1]
     for number, row in enumerate(rows):
         for name in (*texts, label):
-            if not isinstance(row.get(name), str | int):
+            if not isinstance(row.get(name), str | int | (float if name == label else int)):
                 raise DataError(f"{path}: row {number + 1} has no text in column {name!r}; it has {', '.join(row)}.")
     return [tuple(str(row[name]) for name in texts) for row in rows], [str(row[label]) for row in rows]
 
@@ -61,10 +61,24 @@ def _rows(path: str) -> list[dict[str, Any]]:
     return found
 
 
+def _places(labels: list[str], classes: tuple[str, ...]) -> NDArray[np.int64]:
+    return np.array([classes.index(one) for one in labels], np.int64)
+
+
+def _numbers(path: str, labels: list[str]) -> NDArray[np.float32]:
+    try:
+        found = np.array([float(one) for one in labels], np.float32)
+    except ValueError as error:
+        raise DataError(f"{path}: data.classes.regression takes numbers as labels ({error}).") from None
+    if not np.isfinite(found).all():
+        raise DataError(f"{path}: a label is not finite: leave its row out.")
+    return found
+
+
 class ClassLoader:
     """Batches of ``begin text end [text end]``, cut to sequence_length by shortening the longest text first.
 
-    classes: their names in order, those of data.classes.names or of the training file.
+    classes: their names in order, those of data.classes.names or of the training file; empty for regression.
     """
 
     def __init__(
@@ -81,15 +95,17 @@ class ClassLoader:
         path, options, tokenizer = own_path(config, split), config.classes, tokenizer_of(config)
         columns = {"texts": options.texts, "label": options.label}
         rows, labels = read_examples(path, **columns)  # type: ignore[arg-type]
-        names = labels if split == "train" else read_examples(own_path(config, "train"), **columns)[1]  # type: ignore[arg-type]
-        self.classes = options.names or tuple(sorted(set(names)))
-        if unknown := set(labels) - set(self.classes):
-            raise DataError(f"{path}: classes {sorted(unknown)} are not among {list(self.classes)}.")
+        self.classes: tuple[str, ...] = ()
+        if not options.regression:
+            names = labels if split == "train" else read_examples(own_path(config, "train"), **columns)[1]  # type: ignore[arg-type]
+            self.classes = options.names or tuple(sorted(set(names)))
+            if unknown := set(labels) - set(self.classes):
+                raise DataError(f"{path}: classes {sorted(unknown)} are not among {list(self.classes)}.")
         marks = [id_of(tokenizer, getattr(options, side), f"data.classes.{side}") for side in ("begin", "end")]
         self.length, self.seed, self.pad, self.path = sequence_length, seed, config.pad, path
         if sequence_length < 2 * len(rows[0]) + 1:
             raise DataError(f"train.sequence_length={sequence_length} has no room for {len(rows[0])} texts: raise it.")
-        self.labels = np.array([self.classes.index(one) for one in labels], np.int64)
+        self.labels = _numbers(path, labels) if options.regression else _places(labels, self.classes)
         encoded = []
         for texts_of_column in zip(*rows, strict=True):
             ids, sizes = tokenizer.encode_batch(list(texts_of_column))

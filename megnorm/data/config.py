@@ -3,6 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+MULTIPLE = 8  # padded lengths of pairs are multiples of it
+
+
+def padded_length(length: int) -> int:
+    """The length to which a batch is padded whose longest row is so long."""
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
 Task = Literal["causal", "masked", "spans", "pairs", "classes"]
 
 
@@ -39,6 +47,12 @@ class SpanConfig:
     mean_span: float = 3.0
     sentinels: tuple[int, int] | None = None
 
+    def lengths(self, row: int) -> tuple[int, int]:
+        """Source and target of a row of so many tokens, with enough sentinels; each ends with an end-of-document token."""
+        noise = min(max(round(row * self.density), 1), row - 1)
+        spans = min(max(round(noise / self.mean_span), 1), row - noise)
+        return row - noise + spans + 1, noise + spans + 2
+
 
 @dataclass(frozen=True)
 class PairConfig:
@@ -58,7 +72,8 @@ class ClassConfig:
     """Classification. data.path, data.valid and data.test name TSV (with a header) or JSONL files.
 
     texts, label: columns; by default all but the last, and the last. names: the classes in order; by default those of
-    the training file, sorted. begin, end: names of the tokens before the first text and behind each.
+    the training file, sorted. begin, end: names of the tokens before the first text and behind each. regression: the label
+    is a number.
     """
 
     texts: tuple[str, ...] = ()
@@ -66,6 +81,7 @@ class ClassConfig:
     names: tuple[str, ...] = ()
     begin: str = "[CLS]"
     end: str = "[SEP]"
+    regression: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,11 @@ class DataConfig:
         """The prefixes that serve a split."""
         own = {"train": (), "valid": self.valid, "test": self.test}[split] or self.path
         return (own,) if isinstance(own, str) else tuple(own)
+
+    def longest_pair(self, row: int) -> tuple[int, int]:
+        """Tokens of the longest source and target that a batch of task pairs or spans may have. row: of the token stream."""
+        pair = self.spans.lengths(row) if self.task == "spans" else (self.pairs.longest, self.pairs.longest)
+        return padded_length(pair[0]), padded_length(pair[1])
 
     def fractions(self, split: str) -> tuple[float, float]:
         """Where a split begins and ends in its files, as fractions of their tokens."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megnorm.data.batch import Batch, PairBatch
+from megnorm.data.batch import MaskedBatch, PairBatch
 from megnorm.data.config import DataConfig, SpanConfig
 from megnorm.data.errors import DataError
 from megnorm.data.loader import Loader
@@ -92,7 +92,7 @@ class MaskedLoader:
         """Rows in one epoch."""
         return self.rows.samples()
 
-    def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
+    def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> MaskedBatch:
         """As in ``Loader``; every sample id has its own mask."""
         plain = self.rows.batch(first_sample, count, dp_rank, dp_size)
         rows, first = count // dp_size, first_sample + dp_rank * (count // dp_size)
@@ -112,7 +112,7 @@ class MaskedLoader:
             )
             inputs[row] = [*self.begin, *changed, *self.end]
             labels[row] = [*self.begin, *tokens, *self.end]
-        return Batch(torch.from_numpy(inputs).t(), torch.from_numpy(labels).t(), torch.from_numpy(wanted).t())
+        return MaskedBatch(torch.from_numpy(inputs).t(), torch.from_numpy(labels).t(), torch.from_numpy(wanted).t())
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """As in ``Loader``."""

@@ -9,13 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from megnorm.data.batch import PairBatch
-from megnorm.data.config import DataConfig
+from megnorm.data.config import MULTIPLE, DataConfig, padded_length
 from megnorm.data.errors import DataError, require_same
 from megnorm.data.loader import open_tokens
 from megnorm.data.samples import key
 
 POOL = 100  # buckets that are sorted by length together
-MULTIPLE = 8  # padded lengths are multiples of it
 
 
 def collate(
@@ -24,7 +23,7 @@ def collate(
     """Pad to the longest; the decoder reads start and then its labels up to the last but one."""
 
     def pack(rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        longest = -(-max(len(row) for row in rows) // MULTIPLE) * MULTIPLE
+        longest = padded_length(max(len(row) for row in rows))
         out, mask = np.full((longest, len(rows)), pad, np.int64), np.zeros((longest, len(rows)), np.float32)
         for column, row in enumerate(rows):
             out[: len(row), column], mask[: len(row), column] = row, 1.0
@@ -63,7 +62,7 @@ class PairLoader:
                 f"{self.sides[0].prefix} has {counts[0]} documents, {self.sides[1].prefix} {counts[1]}: write both with one "
                 "run of megnorm preprocess, so that they stay side by side."
             )
-        if options.tokens_per_batch < -(-options.longest // MULTIPLE) * MULTIPLE:
+        if options.tokens_per_batch < padded_length(options.longest):
             raise DataError(
                 f"data.pairs.tokens_per_batch={options.tokens_per_batch} cannot hold a pair of data.pairs.longest="
                 f"{options.longest} tokens, padded to a multiple of {MULTIPLE}: raise the one or lower the other."

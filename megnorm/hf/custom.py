@@ -131,6 +131,10 @@ def shapes(model: ModelConfig, resolved: Resolved) -> dict[str, tuple[int, ...]]
 
 def check_state(state: Mapping[str, "Tensor"], model: ModelConfig, resolved: Resolved) -> None:
     """Raise ValueError naming the first tensor that is missing, unknown or of another shape."""
+    if model.moe.experts:
+        raise ValueError(
+            "model.moe: no class for transformers holds experts; such models stay in their own checkpoints"
+        )
     expected = shapes(model, resolved)
     for name, shape in expected.items():
         if name not in state:

@@ -33,6 +33,11 @@ def read_native(source: Path) -> Native:
         if key not in record:
             raise ValueError(f"{path / 'meta.json'} has no '{key}'; it was not written by megnorm train or convert")
     config = configs.from_dict(record["config"], f"{path / 'meta.json'}: config")
+    if config.model.family != "causal":
+        raise ValueError(
+            f"{path}: model.family={config.model.family} can be trained and evaluated, but only a causal model can be "
+            "exported or generate; give the run of one"
+        )
     names = [name for name in io.available(path) if not name.startswith("optim.")]
     state = {name: tensor.float() for name, tensor in io.read_full(path, names).items()}
     return Native(config.model, from_json(record["resolved"]), state, config.data.tokenizer, path)

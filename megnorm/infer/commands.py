@@ -1,4 +1,4 @@
-"""The verbs ``generate`` and ``eval``."""
+"""The verbs ``generate``, ``eval`` and ``translate``."""
 
 import argparse
 import os
@@ -154,3 +154,44 @@ def _follow(args: argparse.Namespace, texts: dict[str, list[str]]) -> int:
             if meta["step"] >= meta["config"]["train"]["steps"]:
                 return 0
         time.sleep(args.follow)
+
+
+def add_translate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Translate lines of text with a trained encoder-decoder, by beam search."
+    parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument(
+        "--input", type=Path, help="file, a line a text; of a TSV the first column (default: standard input)"
+    )
+    parser.add_argument(
+        "--references", action="store_true", help="score against the second column of --input, with sacrebleu"
+    )
+    parser.add_argument(
+        "--target", default="", metavar="LANGUAGE", help="of the references, e.g. zh: how sacrebleu cuts words"
+    )
+    parser.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default: %(default)s)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="power of the length (default: %(default)s)")
+    parser.add_argument("--longest", type=int, help="tokens of an output (default: what the model takes)")
+    parser.add_argument("--tokenizer", help="default: the run's own")
+    parser.add_argument(
+        "--end", metavar="TOKEN", help="that ends a text (default: the tokenizer's own end of a document)"
+    )
+    parser.add_argument("--device", default="cpu")
+
+
+def run_translate(args: argparse.Namespace) -> int:
+    """Print a line for each line, then the scores on standard error; the exit code."""
+    from megnorm.infer.beam import Beam
+    from megnorm.infer.translate import load, quality, translate
+
+    one = load(args.source, device=args.device, tokenizer=args.tokenizer, end=args.end)
+    longest = args.longest or one.model.cfg.max_positions
+    beam = Beam(one.start, one.end, args.beam, args.length_penalty, longest)
+    text = sys.stdin.read() if args.input is None else args.input.read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.splitlines()]
+    if args.references and min(map(len, rows), default=0) < 2:
+        raise ValueError("--references needs two columns in --input, text and translation, with a tab between")
+    said = translate(one, [row[0] for row in rows], beam)
+    print("\n".join(said))
+    if args.references:
+        print("\n".join(quality(said, [row[1] for row in rows], target=args.target)), file=sys.stderr)
+    return 0

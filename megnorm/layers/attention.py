@@ -1,6 +1,7 @@
-"""Self-attention as a sub-layer: projections, norms inside, softmax, output projection."""
+"""Self- and cross-attention as sub-layers: projections, norms inside, softmax, output projection."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,18 +23,25 @@ class SelfAttention(SubLayer):
     """Multi-head attention with grouped key/value heads: [s, b, d] -> [s, b, d].
 
     q, k, v leave one GEMM; q, k, v norms before RoPE; the context norm and the paper's head scale before W_o.
-    window: how many tokens a token sees, itself included; None: all before it.
+    causal: a token sees none behind it. window: how many it sees, itself included; None: all before it.
     """
 
+    grows = True  # with every token that is decoded
+
     def __init__(
-        self, spec: scheme.Attention, cfg: ModelConfig, env: Env, name: str, window: int | None = None
+        self,
+        spec: scheme.Attention,
+        cfg: ModelConfig,
+        env: Env,
+        name: str,
+        *,
+        causal: bool = True,
+        window: int | None = None,
     ) -> None:
         super().__init__(spec, cfg.width, cfg.dropout, env, name)
         h, kv, hd = cfg.heads, cfg.kv, cfg.hd
         self.hd = hd
-        self.qkv = ColumnParallelLinear(
-            cfg.width, (Out("q", h, hd), Out("k", kv, hd), Out("v", kv, hd)), env, bias=cfg.biased_qkv
-        )
+        self._build_projections(cfg, env)
         self.q_norm = norm_or_identity(spec.q, "q", h, hd, env)
         self.k_norm = norm_or_identity(spec.k, "k", kv, hd, env)
         self.v_norm = norm_or_identity(spec.v, "v", kv, hd, env)
@@ -50,18 +58,28 @@ class SelfAttention(SubLayer):
         self.windowed = window is not None
         self.attend = env.kernel(
             "attention",
-            mask=cfg.padding_id is not None,
+            mask=cfg.padding_id is not None or not causal,
+            causal=causal,
+            biased=self.grows and cfg.relative_buckets is not None,
             packed=env.packed,
             dropout=cfg.attention_dropout > 0,
             scores=score_features(cfg, env, window),
             **local,
         )
         self.rope = env.kernel("rope", head_dim=hd)
-        self.entry = fused.entry(self, self.qkv, env)
         self.prepare = fused.heads((self.q_norm, self.k_norm, self.v_norm), env, **local)
 
+    def _build_projections(self, cfg: ModelConfig, env: Env) -> None:
+        q, k, v = Out("q", cfg.heads, cfg.hd), Out("k", cfg.kv, cfg.hd), Out("v", cfg.kv, cfg.hd)
+        self.qkv = ColumnParallelLinear(cfg.width, (q, k, v), env, bias=cfg.biased_qkv)
+        self.entry = fused.entry(self, self.qkv, env)
+
+    def project(self, u: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """q, k and v of the sub-layer's input [s, b, d], each [s, b, rows / tp]."""
+        return self.qkv(u)
+
     def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
-        qkv = self.qkv(u) if h is None else h.split(self.qkv.sizes, dim=-1)
+        qkv = self.project(u, context) if h is None else h.split(self.qkv.sizes, dim=-1)
         y = self.recompute("attention", partial(self._core, context=context), *qkv)
         y = self.recompute("projections", self.o, y)
         if self.scale_place == "post_projection":
@@ -71,6 +89,8 @@ class SelfAttention(SubLayer):
     def _core(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """All between the two GEMMs: q [s, b, h hd / tp], k, v [s, b, kv hd / tp] -> [s, b, h hd / tp]."""
         q, k, v = self._normalize_and_rotate(q, k, v, context.window_rope if self.windowed else context.rope)
+        if context.cache is not None and self.grows:
+            k, v = context.cache.extend(self.core_name, k, v)
         # W_o's GEMM would make a contiguous copy of its own, which it would save beside this tensor.
         y = self.context_norm(self._attend(q, k, v, context).flatten(2).contiguous())
         return self.recompute("norms", self._scale_slices, y) if self.scale_place == "pre_projection" else y
@@ -96,7 +116,38 @@ class SelfAttention(SubLayer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         p = self.attention_dropout if self.training else 0.0
         with self.rng.as_default(self.core_name, local=True) if p > 0.0 else nullcontext():
-            return self.attend(q, k, v, mask=context.mask, documents=context.documents, dropout=p)
+            return self.attend(
+                q,
+                k,
+                v,
+                mask=context.mask,
+                documents=context.documents,
+                dropout=p,
+                causal=context.causal,
+                bias=context.bias,
+            )
+
+
+class CrossAttention(SelfAttention):
+    """Attention of a decoder to the encoder's output: q of the stream, k and v of ``Context.memory``."""
+
+    grows = False
+
+    def _build_projections(self, cfg: ModelConfig, env: Env) -> None:
+        self.query = ColumnParallelLinear(cfg.width, (Out("q", cfg.heads, cfg.hd),), env, bias=cfg.biased_qkv)
+        both = (Out("k", cfg.kv, cfg.hd), Out("v", cfg.kv, cfg.hd))
+        self.key_value = ColumnParallelLinear(cfg.width, both, env, bias=cfg.biased_qkv)
+
+    def project(self, u: Tensor, context: Context) -> tuple[Tensor, ...]:
+        memory = context.memory
+        assert memory is not None, "a decoder's context has the encoder's output"
+        if context.cache is None:
+            return *self.query(u), *self.key_value(memory)
+        return *self.query(u), *context.cache.once(self.core_name, lambda: self.key_value(memory))
+
+    def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
+        alone = replace(context, rope=None, mask=context.memory_mask, causal=False, bias=None)
+        return super().body(u, alone, h)
 
 
 def score_features(cfg: ModelConfig, env: Env, window: int | None) -> Scores:
@@ -129,3 +180,9 @@ def attention_mask(tokens: Tensor, padding_id: int | None) -> Tensor | None:
     mask = causal & (tokens != padding_id).t()[:, None, None, :]
     blind = ~mask.any(-1, keepdim=True)
     return mask | (blind & torch.eye(s, dtype=torch.bool, device=tokens.device))
+
+
+def padding_mask(real: Tensor | None) -> Tensor | None:
+    """[b, 1, 1, s] bool for real tokens [s, b]: nobody looks at padding. A row that is padding alone looks everywhere, so
+    that softmax stays finite."""
+    return None if real is None else (real | ~real.any(0)).t()[:, None, None, :]

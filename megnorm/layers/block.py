@@ -6,9 +6,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from megnorm.layers import fused
-from megnorm.layers.attention import SelfAttention
+from megnorm.layers.attention import CrossAttention, SelfAttention
 from megnorm.layers.env import Context, Env
 from megnorm.layers.ffn import FeedForward
+from megnorm.layers.moe import MoE
 from megnorm.models.config import ModelConfig
 from megnorm.norms import scheme
 
@@ -16,20 +17,39 @@ from megnorm.norms import scheme
 class Block(nn.Module):
     """Attention, then feed-forward: [s, b, d] -> [s, b, d]. With ``parallel_block`` both read the layer's input.
 
-    index: global, 0-based.
+    index: global in its stack, 0-based. stack: "" or the stack's path with a dot. causal: nobody looks to its right. cross:
+    attention to ``Context.memory`` stands between the two.
     """
 
-    def __init__(self, layer: scheme.Layer, cfg: ModelConfig, env: Env, index: int) -> None:
+    def __init__(
+        self,
+        layer: scheme.Layer,
+        cfg: ModelConfig,
+        env: Env,
+        index: int,
+        *,
+        stack: str = "",
+        causal: bool = True,
+        cross: bool = False,
+    ) -> None:
         super().__init__()
         self.parallel = cfg.parallel_block
-        window = cfg.attention.window_of(index)
-        self.attention = SelfAttention(layer.attention, cfg, env, f"blocks.{index}.attention", window)
-        self.ffn = FeedForward(layer.ffn, cfg, env, f"blocks.{index}.ffn")
+        path, window = f"{stack}blocks.{index}", cfg.attention.window_of(index)
+        self.attention = SelfAttention(layer.attention, cfg, env, f"{path}.attention", causal=causal, window=window)
+        self.cross_attention: CrossAttention | None = None
+        if cross:
+            spec = layer.cross_attention or layer.attention
+            self.cross_attention = CrossAttention(spec, cfg, env, f"{path}.cross_attention", causal=False)
+        feed_forward = MoE if cfg.sparse(index) else FeedForward
+        self.ffn = feed_forward(layer.ffn, cfg, env, f"{path}.ffn")
+        others = (self.ffn,) if self.cross_attention is None else (self.cross_attention, self.ffn)
         for name in ("skip", "branch"):
-            mine, other = getattr(layer.ffn.residual, name), getattr(layer.attention.residual, name)
-            if mine.shared and other.shared and mine.learned is not None:
-                setattr(self.ffn.residual, name, getattr(self.attention.residual, name))
-        self.boundary = None if self.parallel else fused.boundary(self.attention, self.ffn, cfg.dropout, env)
+            first = getattr(layer.attention.residual, name)
+            if first.shared and first.learned is not None:
+                for other in others:
+                    setattr(other.residual, name, getattr(self.attention.residual, name))
+        adjacent = not self.parallel and not cross and isinstance(self.ffn, FeedForward)
+        self.boundary = fused.boundary(self.attention, self.ffn, cfg.dropout, env) if adjacent else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         first, second = self.attention, self.ffn
@@ -38,6 +58,8 @@ class Block(nn.Module):
             y, u = self.boundary(first, second, x, u, y)
             return second(y, context, layer_input=x, u=u)
         y = self.attention(x, context, layer_input=x)
+        if self.cross_attention is not None:
+            y = self.cross_attention(y, context, layer_input=x)
         return self.ffn(y, context, layer_input=x, read=x if self.parallel else None)
 
 

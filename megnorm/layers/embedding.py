@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megnorm.layers.env import Env
+from megnorm.layers.loss import cross_entropy, token_loss
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import sinusoid_table
 from megnorm.layers.sublayer import Dropout
@@ -36,16 +37,24 @@ def vocabulary_matrix(role: str, cfg: ModelConfig, padded: int, tp: Axis, *, wid
 class TokenEmbedding(nn.Module):
     """tokens [s, b] -> [s, b, d] ([s/tp, b, d] with sequence parallelism); rows of the vocabulary split over tp.
 
-    shared: the first and the last stage of a pipeline each hold it, for a tied head. copy: this is the last one's.
+    shared: several stages of a pipeline hold it: the first and the last for a tied head, or those of another tie of the
+    mesh. copy: this is not the first one's.
     """
 
     def __init__(
-        self, cfg: ModelConfig, padded_vocab: int, env: Env, *, shared: bool = False, copy: bool = False
+        self,
+        cfg: ModelConfig,
+        padded_vocab: int,
+        env: Env,
+        *,
+        shared: bool = False,
+        copy: bool = False,
+        tie: str = "ends",
     ) -> None:
         super().__init__()
         self.mesh = env.mesh
         matrix, rows = vocabulary_matrix("embed", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
-        matrix = replace(matrix, grad_sum="ends" if shared else None, owner=not copy, copy=copy)
+        matrix = replace(matrix, grad_sum=tie if shared else None, owner=not copy, copy=copy)
         self.first, self.rows = env.mesh.tp.rank * rows, rows
         # The lookup of padding sends no gradient to its row (fairseq); the row lies on one rank.
         padding = -1 if cfg.padding_id is None else cfg.padding_id - self.first
@@ -90,25 +99,55 @@ class PositionEmbedding(nn.Module):
         return rows * (positions >= 0)[..., None].to(rows.dtype) if self.padded else rows
 
 
+class SegmentEmbedding(nn.Module):
+    """Token types [s, b] -> [s, b, d], sliced to this rank's rows with sequence parallelism."""
+
+    def __init__(self, cfg: ModelConfig, env: Env) -> None:
+        super().__init__()
+        self.sp = env.mesh.sp
+        shape = (cfg.segments, cfg.width)
+        grad_sum = "tp" if env.mesh.sequence_parallel else None
+        layout = Layout.whole(shape, "position", grad_sum=grad_sum, owner=env.mesh.tp.rank == 0)
+        self.weight = parameter(env.empty(*shape), layout)
+
+    def forward(self, segments: Tensor) -> Tensor:
+        return F.embedding(slice_sequence(segments, self.sp), self.weight)
+
+
 class Embedding(nn.Module):
-    """tokens [s, b], positions -> the residual stream: token * scale + position, embedding norm, dropout."""
+    """tokens [s, b], positions -> the residual stream: token * scale + position (+ segment), embedding norm, dropout.
+
+    token: a table that another stack has too; None: an own one. stack: "" or the stack's path with a dot.
+    """
 
     def __init__(
-        self, cfg: ModelConfig, norm: Norm | None, padded_vocab: int, env: Env, *, shared: bool = False
+        self,
+        cfg: ModelConfig,
+        norm: Norm | None,
+        padded_vocab: int,
+        env: Env,
+        *,
+        shared: bool = False,
+        token: TokenEmbedding | None = None,
+        stack: str = "",
     ) -> None:
         super().__init__()
-        self.token = TokenEmbedding(cfg, padded_vocab, env, shared=shared)
+        self.token = TokenEmbedding(cfg, padded_vocab, env, shared=shared) if token is None else token
+        self.segment = SegmentEmbedding(cfg, env) if cfg.segments else None
         self.position = PositionEmbedding(cfg, env) if cfg.positions in ("learned", "sinusoidal") else None
         self.norm = norm_or_identity(norm, "embedding", 1, cfg.width, env)
-        self.dropout = Dropout(cfg.dropout, env, "embed", local=env.mesh.sequence_parallel)
+        self.dropout = Dropout(cfg.dropout, env, f"{stack}embed", local=env.mesh.sequence_parallel)
         self.scale = cfg.width**0.5 if cfg.embedding_scale == "sqrt_width" else float(cfg.embedding_scale)
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None) -> Tensor:
+        """segments: token types [s, b]; None: all 0."""
         x = self.token(tokens)
         if self.scale != 1.0:
             x = x * self.scale
         if self.position is not None:
             x = x + self.position(positions).to(x.dtype)
+        if self.segment is not None:
+            x = x + self.segment(torch.zeros_like(tokens) if segments is None else segments)
         return self.dropout(self.norm(x))
 
 
@@ -118,6 +157,7 @@ class Head(nn.Module):
     def __init__(self, cfg: ModelConfig, padded_vocab: int, env: Env, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.mesh, self.scale, self.cap = env.mesh, cfg.logit_scale, cfg.logit_softcap
+        self.vocab_size, self.token_loss = cfg.vocab_size, token_loss(env)
         matrix, rows = vocabulary_matrix("head", cfg, padded_vocab, env.mesh.tp, width=cfg.width)
         self.first, self.logical = matrix.offset[0], matrix.local[0]
         self.weight = parameter(env.full((rows, cfg.width), 0.0), Layout((matrix,))) if tied is None else tied
@@ -132,6 +172,13 @@ class Head(nn.Module):
         z = F.linear(x, self.weight, self.bias)
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+    def token_losses(self, x: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """[s, b, d] and labels [s, b] -> [s, b] in fp32 (fp64 for fp64)."""
+        tp, v = self.mesh.tp, self.vocab_size
+        if smoothing == 0.0:
+            return self.token_loss(self(x), labels, self.first, self.logical, tp)
+        return cross_entropy(self(x), labels, self.first, self.logical, tp, smoothing=smoothing, vocab_size=v)
 
 
 def full_logits(local: Tensor, head: Head, vocab_size: int) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from megnorm.kernels import backends
 from megnorm.kernels.config import KernelConfig
 from megnorm.kernels.registry import Need
+from megnorm.layers.cache import Cache
+from megnorm.layers.dispatch import Routing
 from megnorm.layers.recompute import Recompute
 from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.rng import DropoutRng
@@ -76,11 +78,21 @@ class Env:
 class Context:
     """What one forward pass of the blocks shares.
 
-    rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] bool, True may look; None: causal alone.
+    rope: cos and sin, [s, 1, 1, hd/2] or [s, b, 1, hd/2]. mask: [b, 1, s, s] or [b, 1, 1, s] bool, True may look (to its
+    left too, where causal); None: everywhere, or to its left. causal: nobody looks to its right.
     documents: lengths of packed documents (b = 1) that do not see each other. window_rope: rope of layers with a window.
+    bias: [1, h/tp, s, s], added to the scores of self-attention. memory: the encoder's output [s', b, d] ([s'/tp, b, d]),
+    which cross-attention reads; memory_mask: [b, 1, 1, s'], as mask. cache: of the tokens before, where one token is decoded
+    at a time. routing: for sparse layers; None: there are none, or their losses are not asked for.
     """
 
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     documents: tuple[int, ...] | None = None
     window_rope: tuple[Tensor, Tensor] | None = None
+    causal: bool = True
+    bias: Tensor | None = None
+    memory: Tensor | None = None
+    memory_mask: Tensor | None = None
+    cache: Cache | None = None
+    routing: Routing | None = None

@@ -5,6 +5,7 @@ same numbers and a rank draws only the blocks it holds.
 """
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,22 @@ def law_of(
         return shape_of, base if own is None else own
     if role not in HIDDEN:
         return None
-    layer = int(name.split(".")[1])
+    stack, layer = _place(name, resolved)
     distribution = resolved.distribution or cfg.init.distribution
-    gain = resolved.gains[layer].get(role, 1.0)
+    gains = stack.gains[layer]
+    gain = gains.get(role, 1.0)
+    if ".cross_attention." in name:
+        gain = gains.get(f"cross.{role}", gain)
     if cfg.init.depth_scaled and role in ("o", "down"):
-        gain /= math.sqrt(2 * len(resolved.layers))
+        gain /= math.sqrt(2 * len(stack.layers))
     return distribution, gain * _base_std(distribution, shape, base)
+
+
+def _place(name: str, resolved: Resolved) -> tuple[Resolved, int]:
+    """The stack that a hidden matrix is in, and the layer there."""
+    found = re.match(r"(encoder\.)?(?:.*\.)?blocks\.(\d+)\.", name)
+    assert found is not None, f"{name} is no matrix of a block"
+    return (resolved.encoder or resolved) if found[1] else resolved, int(found[2])
 
 
 def _base_std(distribution: str, shape: tuple[int, ...], std: float) -> float:

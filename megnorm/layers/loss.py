@@ -19,21 +19,32 @@ CHUNK_ELSEWHERE = 1 << 28
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[label] per token. Keeps logits and the log-sum-exp, not the probabilities."""
+    """-log softmax(logits)[label] per token. Keeps logits and the log-sum-exp, not the probabilities.
+
+    spread, each: shares of a target that all words have together, and each of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, logical: int, axis: Axis) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, first: int, logical: int, axis: Axis, spread: float, each: float
+    ) -> Tensor:
         local = labels - first
         mine = (local >= 0) & (local < logical)
         local = torch.where(mine, local, 0)
         lse = logits.new_empty(len(logits), dtype=wide(logits))
+        all_words = torch.zeros_like(lse)
         for rows in _chunks(logits):
-            lse[rows] = torch.logsumexp(_masked(logits[rows], logical), -1)
+            z = _masked(logits[rows], logical)
+            lse[rows] = torch.logsumexp(z, -1)
+            if spread:
+                all_words[rows] = z[:, :logical].sum(-1)
         top = all_reduce(lse.clone(), axis, dist.ReduceOp.MAX)
         lse = all_reduce(lse.sub_(top).exp_(), axis).log_().add_(top)
         picked = logits.gather(-1, local[:, None]).squeeze(-1).to(lse.dtype).masked_fill_(~mine, 0.0)
         ctx.save_for_backward(logits, lse, local, mine)
-        ctx.logical = logical
+        ctx.logical, ctx.spread, ctx.each = logical, spread, each
+        if spread:
+            picked.mul_(1.0 - spread).add_(all_words, alpha=each)
         return lse - all_reduce(picked, axis)
 
     @staticmethod
@@ -42,9 +53,11 @@ class _CrossEntropy(torch.autograd.Function):
         out = torch.empty_like(logits)
         for rows in _chunks(logits):
             p = _masked(logits[rows], ctx.logical).sub_(lse[rows, None]).exp_()
-            p.scatter_add_(-1, local[rows, None], -mine[rows, None].to(p.dtype))
+            p.scatter_add_(-1, local[rows, None], mine[rows, None].to(p.dtype).mul_(ctx.spread - 1.0))
+            if ctx.spread:
+                p[:, : ctx.logical] -= ctx.each
             out[rows] = p.mul_(grad[rows, None])
-        return out, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
@@ -60,13 +73,25 @@ def _masked(logits: Tensor, logical: int) -> Tensor:
     return z
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, first: int, logical: int, axis: Axis) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    logical: int,
+    axis: Axis,
+    *,
+    smoothing: float = 0.0,
+    vocab_size: int = 1,
+) -> Tensor:
     """Per-token loss: local logits [..., padded v / ranks], labels [...] -> [...] in fp32 (fp64 for fp64).
 
     first, logical: this rank's first vocabulary row and how many of its rows are real. Labels outside the vocabulary
-    (-100) give a value that the caller masks.
+    (-100) give a value that the caller masks. smoothing: share of a target spread evenly over all ``vocab_size`` words,
+    the label among them (arXiv:1512.00567, section 7).
     """
-    flat = _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), first, logical, axis)
+    flat = _CrossEntropy.apply(
+        logits.flatten(0, -2), labels.flatten(), first, logical, axis, smoothing, smoothing / vocab_size
+    )
     return flat.view(labels.shape)
 
 

@@ -185,14 +185,15 @@ class _Tape:
         self.unit: _Unit | None = None
         self.kept: set[int] = set()  # storages of the running unit's inputs
         self.count = -1  # tensors that it has saved, less one
-        self.small = 0  # elements up to which it keeps what it saves
+        self.small = -1  # elements up to which it keeps what it saves
 
     def run(self, mode: str, fn: Function, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.unit is not None:  # part of a larger unit
             return fn(*inputs)
         unit = _Unit(fn, [self.pack(x) for x in inputs], [x.requires_grad for x in inputs], self.rng)
         self.kept, self.count = {_address(x) for x in inputs}, -1
-        self.small = inputs[0].numel() // STATISTICS[mode] if mode in STATISTICS else 0
+        # Elsewhere not even what is empty: where a second run ends must not depend on whether this rank's experts had rows.
+        self.small = inputs[0].numel() // STATISTICS[mode] if mode in STATISTICS else -1
         self.unit = unit
         _running.append(unit)
         try:

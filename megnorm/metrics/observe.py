@@ -12,6 +12,8 @@ module (``blocks.3.attention``).
     branch_rms    of a branch: the output of W_o or W_down          sub-layer
     norm_rms      of a norm's input and output                      norm + .input, .output
 
+The activations inside experts are not looked at.
+
 Layers know nothing of this: activations are seen by forward hooks on modules found by path when the run is built, which
 are attached for a probed step and removed after it.
 """
@@ -28,18 +30,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megnorm.metrics.config import Probe
-from megnorm.parallel.layout import Named, named_matrices
+from megnorm.parallel.layout import Matrix, Named, named_matrices
 
 Reduce = Callable[[Tensor], Tensor]
 Storage = Callable[[nn.Parameter], Tensor | None]
 Sums = dict[str, tuple[float, float]]  # name -> (numerator, denominator) of the square of what is reported
 
 SUBLAYER = r"(?:.*\.)?blocks\.\d+\.(?:attention|cross_attention|ffn)"
+NOT_EXPERTS = r"(?!.*\.experts\.)"  # ranks may hold different ones, whose sums would meet
 PLACES: tuple[tuple[Probe, str, str], ...] = (
-    ("stream_rms", "output", rf"(?P<at>embed|{SUBLAYER})"),
+    ("stream_rms", "output", rf"(?P<at>(?:\w+\.)?embed|{SUBLAYER})"),
     ("branch_rms", "output", rf"(?P<at>{SUBLAYER})\.(?:o|down)"),
-    ("norm_rms", "input", r"(?P<at>.*norm)"),
-    ("norm_rms", "output", r"(?P<at>.*norm)"),
+    ("norm_rms", "input", rf"(?P<at>{NOT_EXPERTS}.*norm)"),
+    ("norm_rms", "output", rf"(?P<at>{NOT_EXPERTS}.*norm)"),
 )
 
 
@@ -69,7 +72,8 @@ class Observer:
 
     reduce_sum: sum of a vector over the ranks that share the weights' slices (tp); of gradients and weights only slices
     that a rank owns enter. reduce_activations: the same over all ranks of a stage (tp, cp, dp). gather: the stages'
-    sums, for pipelines. weight, gradient: the storage of a parameter that is measured, e.g. its fp32 master.
+    sums, for pipelines and ranks with other experts; what several of them hold, one ``counts``. weight, gradient: the storage
+    of a parameter that is measured, e.g. its fp32 master.
     """
 
     def __init__(
@@ -81,13 +85,15 @@ class Observer:
         reduce_sum: Reduce = _itself,
         reduce_activations: Reduce = _itself,
         gather: Callable[[Sums], Iterable[Sums]] = _alone,
+        counts: Callable[[Matrix], bool] = lambda matrix: True,
         weight: Storage = _weights,
         gradient: Storage = main_grad,
     ) -> None:
         self._probes, self._every = frozenset(probes), every
         self._reduce_sum, self._reduce_activations, self._gather = reduce_sum, reduce_activations, gather
         self._weight, self._gradient = weight, gradient
-        self._matrices = list(named_matrices(*stages))
+        self._matrices = [named for named in named_matrices(*stages) if counts(named.matrix)]
+        self._device = next(stages[0].parameters()).device
         self._places = [place for stage in stages for place in find_places(stage, self._probes)]
         self._names = [f"{probe}/{at}" for probe, _, at, _ in self._places]
         self._handles: list[RemovableHandle] = []
@@ -165,7 +171,7 @@ class Observer:
         """Sum of squares and count by place; ranks that hold the same tokens count both equally often."""
         if not self._places:
             return {}
-        device = self._matrices[0].param.device
+        device = self._device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         tops = [sum((s for s, _ in self._squares[i]), zero) for i in range(len(self._places))]
         counts = [float(sum(n for _, n in self._squares[i])) for i in range(len(self._places))]
@@ -190,7 +196,7 @@ class Observer:
         return None if before is None or now is None else now - before
 
     def _matrix_sums(self) -> Sums:
-        if not self._vectors:
+        if not self._vectors or not self._matrices:
             return {}
         kinds = list(self._vectors)
         stacked = torch.stack([torch.stack(self._vectors[kind]) for kind in kinds])

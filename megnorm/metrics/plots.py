@@ -155,14 +155,16 @@ def draw_training(record: Record, path: Path) -> Path:
 
 
 def layers_of(record: Record, quantity: str) -> dict[int, str]:
-    """0-based layer -> key of the record, in order. Activations are taken at the FFN, the end of a layer."""
-    pattern = re.compile(rf"{quantity}/(?:layer\.(\d+)|blocks\.(\d+)\.ffn)")
-    found = {}
+    """0-based layer -> key of the record, in order; a decoder's behind its encoder's. Activations are taken at the FFN, the
+    end of a layer."""
+    pattern = re.compile(rf"{quantity}/(encoder\.|decoder\.)?(?:layer\.(\d+)|blocks\.(\d+)\.ffn)")
+    places = {}
     for key in record.keys(f"{quantity}/"):
         match = pattern.fullmatch(key)
         if match:
-            found[int(match[1] or match[2])] = key
-    return dict(sorted(found.items()))
+            places[match[1] != "encoder.", int(match[2] or match[3])] = key
+    below = max((layer + 1 for behind, layer in places if not behind), default=0)
+    return {layer + behind * below: key for (behind, layer), key in sorted(places.items())}
 
 
 @contextmanager

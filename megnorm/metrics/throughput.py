@@ -51,11 +51,10 @@ class Sizes(Protocol):
     @property
     def hd(self) -> int: ...
     @property
-    def ffn(self) -> int: ...
+    def source_layers(self) -> int: ...
     @property
-    def vocab_size(self) -> int: ...
-    @property
-    def gated(self) -> bool: ...
+    def head_weights(self) -> int: ...
+    def ffn_weights(self, layer: int) -> int: ...
 
 
 def flops_per_token(model: Sizes, sequence_length: int) -> int:
@@ -63,13 +62,16 @@ def flops_per_token(model: Sizes, sequence_length: int) -> int:
 
     Attention counts q k^T and p v over the whole square of scores, as PaLM (arXiv:2204.02311, appendix B) and
     Megatron-LM do; a kernel that leaves out the masked half works less than it is credited for. Token lookup counts
-    nothing, the head counts tied or not. The padding of the vocabulary is not counted.
+    nothing, the head counts tied or not. The padding of the vocabulary is not counted. Of an encoder-decoder a token is one
+    of the source and one of the target. Of experts those that a token chooses count, served or not.
     """
     attention = model.heads * model.hd
     projections = model.width * (2 * attention + 2 * model.kv * model.hd)
     scores = 2 * attention * sequence_length
-    ffn = (3 if model.gated else 2) * model.width * model.ffn
-    multiplications = model.layers * (projections + scores + ffn) + model.width * model.vocab_size
+    ffn = sum(model.ffn_weights(layer) for layer in range(model.layers))
+    crossing = projections + scores if model.source_layers else 0
+    multiplications = model.layers * (projections + scores + crossing) + ffn + model.head_weights
+    multiplications += model.source_layers * (projections + scores + model.ffn_weights(0))
     return 3 * 2 * multiplications
 
 

@@ -1,21 +1,26 @@
 """The causal language model: embedding, blocks, final norm, head, as the slice that one pipeline stage holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megnorm.layers.attention import attention_mask
 from megnorm.layers.block import Block, run_blocks
+from megnorm.layers.dispatch import Routing
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
-from megnorm.layers.loss import token_loss
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import rotations, token_positions
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import padded_vocabulary
-from megnorm.norms.resolve import Resolved, resolve
+from megnorm.models.family import resolve_model
+from megnorm.norms.resolve import Resolved
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,6 @@ class CausalLM(nn.Module):
         if self.last:
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
             self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)
-            self.token_loss = token_loss(env)
 
     def units(self) -> list[nn.Module]:
         """The parts that forward calls, in order."""
@@ -69,7 +73,7 @@ class CausalLM(nn.Module):
             *([self.final_norm, self.head] if self.last else []),
         ]
 
-    def edge(self, batch: Tokens) -> tuple[tuple[int, ...], torch.dtype]:
+    def edge(self, batch: Tokens, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
         """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d])."""
         s, b = batch.tokens.shape
         return (s // self.env.mesh.sp.size, b, self.cfg.width), self.env.compute or self.env.dtype
@@ -80,26 +84,45 @@ class CausalLM(nn.Module):
         positions: Tensor | None = None,
         documents: tuple[int, ...] | None = None,
         carry: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """tokens [s, b] -> the stream behind this stage, [s, b, d] ([s/tp, b, d] with sequence parallelism).
 
-        carry: the stream that the stage before gave. The last stage applies the final norm.
+        carry: the stream that the stage before gave. The last stage applies the final norm. routing: takes the losses of
+        sparse layers; None: nobody asks for them.
         """
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
         x = self.embed(tokens, where) if carry is None else carry
         rope, window_rope = rotations(self.cfg, where, x.dtype)
-        context = Context(rope, attention_mask(tokens, self.cfg.padding_id), documents, window_rope)
+        if routing is None and self.cfg.moe.experts:
+            routing = self._routing(tokens, documents)
+        mask = attention_mask(tokens, self.cfg.padding_id)
+        context = Context(rope, mask, documents, window_rope=window_rope, routing=routing)
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
         return self.final_norm(x) if self.last else x
 
-    def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
-        """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: the stream."""
-        x = self.hidden(batch.tokens, batch.positions, batch.documents, carry)
-        if not self.last:
-            return x
-        logits = self.head(x)
-        losses = self.token_loss(logits, batch.labels, self.head.first, self.head.logical, self.env.mesh.tp)
-        return (losses * batch.loss_mask).sum()
+    def states(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
+        """The stream behind this stage; behind the last one what the head reads."""
+        return self.hidden(batch.tokens, batch.positions, batch.documents, carry)
+
+    def forward(self, batch: Tokens, carry: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The last stage: sum of the masked token losses, a scalar in fp32 (fp64 for fp64); others: the stream.
+
+        In training sparse layers with losses of their own give the sum of those beside it.
+        """
+        routing = None
+        if self.cfg.moe.experts:
+            routing = self._routing(batch.tokens, batch.documents, batch.loss_mask)
+        out = self.hidden(batch.tokens, batch.positions, batch.documents, carry, routing)
+        if self.last:
+            losses = self.head.token_losses(out, batch.labels, self.cfg.label_smoothing if self.training else 0.0)
+            out = (losses * batch.loss_mask).sum()
+        return (out, torch.stack(routing.losses).sum()) if routing is not None and routing.losses else out
+
+    def _routing(self, tokens: Tensor, documents: tuple[int, ...] | None, loss_mask: Tensor | None = None) -> Routing:
+        s, b = tokens.shape
+        real = None if self.cfg.padding_id is None else tokens != self.cfg.padding_id
+        return Routing.of((s, b), tokens.device, documents, real, loss_mask)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -116,14 +139,28 @@ def build_model(
     vocab_multiple: int = 64,
     layers: tuple[int, int] | None = None,
 ) -> CausalLM:
-    """The model of a config with its initial weights, or the stage that holds ``layers`` [first, last).
+    """A causal model with its initial weights, or the stage that holds ``layers`` [first, last). See ``initialized``."""
+    return initialized(CausalLM, cfg, env, seed=seed, resolved=resolved, vocab_multiple=vocab_multiple, layers=layers)
+
+
+def initialized(
+    kind: Callable[[ModelConfig, Resolved, int, Env, tuple[int, int] | None], M],
+    cfg: ModelConfig,
+    env: Env | None = None,
+    *,
+    seed: int = 0,
+    resolved: Resolved | None = None,
+    vocab_multiple: int = 64,
+    layers: tuple[int, int] | None = None,
+) -> M:
+    """A model of class ``kind`` with its initial weights, or the stage that holds ``layers`` [first, last).
 
     env None: one process, fp32, CPU. resolved None: resolve the config's scheme. The vocabulary is stored in the least
     multiple of vocab_multiple * tp rows that holds it.
     """
     env = env or Env()
-    resolved = resolved or resolve(cfg.norm, cfg.layers)
+    resolved = resolved or resolve_model(cfg)
     padded = padded_vocabulary(cfg.vocab_size, vocab_multiple, env.mesh.tp.size)
-    model = CausalLM(cfg, resolved, padded, env, layers)
+    model = kind(cfg, resolved, padded, env, layers)
     initialize(model, cfg, resolved, seed)
     return model

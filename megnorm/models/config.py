@@ -93,6 +93,48 @@ def _refuse(wrong: bool, sentence: str) -> None:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Sparse feed-forward layers: a token passes ``top_k`` of ``experts`` FFNs. experts 0: every layer is dense.
+
+    ffn: width of an expert; None: model.ffn. shared_ffn: width of one more FFN that all tokens pass; 0: none.
+    first: layers at the start that stay dense; every: of the layers behind them each n-th is sparse (2: the second, ...).
+    score: of a token for an expert, softmax over all experts or sigmoid of each, in fp32. normalize: the weights of the
+    chosen ones are divided by their sum; scale: then multiplied.
+    balance_loss, z_loss: coefficients of the losses that layers/router.py defines, means over tokens and sparse layers.
+    balance_over: what the balance loss counts experts in: each sequence (the same in every layout and micro-batch size),
+    or a rank's whole micro-batch (as published models were trained; another train.micro_batch is another loss).
+    bias_rate: balance without a loss: after each step the score by which an expert is chosen, and not its weight, moves by
+    this much against its load (arXiv:2408.15664). capacity: an expert takes at most capacity * top_k / experts of the
+    tokens of a sequence, the earlier ones; the others go on without it. None: it takes all (dropless).
+    """
+
+    experts: int = 0
+    top_k: int = 2
+    ffn: int | None = None
+    shared_ffn: int = 0
+    first: int = 0
+    every: int = 1
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    balance_loss: float = 0.0
+    z_loss: float = 0.0
+    balance_over: Literal["sequence", "micro_batch"] = "sequence"
+    bias_rate: float = 0.0
+    capacity: float | None = None
+
+    def __post_init__(self) -> None:
+        if 0 < self.experts < self.top_k:
+            raise ValueError(f"model.moe.top_k={self.top_k} is more than model.moe.experts={self.experts}; lower it")
+        if self.capacity is not None and not self.capacity > 0:
+            raise ValueError(
+                f"model.moe.capacity is {self.capacity}; give a number above 0, or null to serve all tokens"
+            )
+        if not self.scale > 0:
+            raise ValueError(f"model.moe.scale is {self.scale}; it must be above 0")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A transformer. Letters: d = width, h = heads, kv = kv_heads, hd = head_dim, f = ffn, v = vocab_size.
 
@@ -105,10 +147,21 @@ class ModelConfig:
     bias: on every linear layer of the blocks; qkv_bias, o_bias: on q, k, v and on W_o alone (None: as bias); head_bias: on
     the head. vocab_size is logical: storage is padded for speed and tensor parallelism, and the padding never shows.
     parallel_block: x + A(..) + F(..), both branches reading x.
+    label_smoothing: share of a training target that is spread evenly over the vocabulary; evaluation has none.
+
+    family: "causal", "masked" (an encoder with a masked-LM head), "encdec" (encoder-decoder) or "classifier" (an encoder with
+    scores for classes: fine-tuning). What follows is of these three. layers are the decoder's in an encoder-decoder;
+    encoder_layers None: as many. max_source_positions: rows of the encoder's position table; None: max_positions.
+    shared_embedding: encoder and decoder have one token table (with tied_head the head is the same one).
+    relative_buckets: T5's position bias on self-attention, a table of so many buckets for each stack, the farther half
+    growing up to relative_distance; None: no such bias. segments: token types (BERT's are 2) with an embedding each; 0:
+    none. head_transform: dense layer, activation and norm before a masked-LM head (BERT). classes: of a classifier; 1: it
+    tells a number. pooler: a dense layer and tanh on the first token before them.
     """
 
-    family: Literal["causal"] = "causal"
+    family: Literal["causal", "masked", "encdec", "classifier"] = "causal"
     layers: int = 12
+    encoder_layers: int | None = None
     width: int = 768
     heads: int = 12
     kv_heads: int | None = None
@@ -116,6 +169,7 @@ class ModelConfig:
     ffn: int = 3072
     vocab_size: int = 50257
     max_positions: int = 1024
+    max_source_positions: int | None = None
     activation: Literal[
         "gelu", "gelu_tanh", "relu", "relu_squared", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"
     ] = "swiglu"
@@ -135,6 +189,15 @@ class ModelConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     parallel_block: bool = False
+    label_smoothing: float = 0.0
+    shared_embedding: bool = False
+    relative_buckets: int | None = None
+    relative_distance: int = 128
+    segments: int = 0
+    head_transform: bool = False
+    classes: int = 0
+    pooler: bool = True
+    moe: MoEConfig = MoEConfig()
     norm: NormConfig = field(default_factory=NormConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
@@ -167,5 +230,42 @@ class ModelConfig:
         return self.bias if self.o_bias is None else self.o_bias
 
     @property
+    def source_layers(self) -> int:
+        """Layers of the encoder that an encoder-decoder has beside ``layers``; 0 for other families."""
+        return (self.encoder_layers or self.layers) if self.family == "encdec" else 0
+
+    @property
+    def head_weights(self) -> int:
+        """In the matrices behind the last layer, tied or not."""
+        if self.family == "classifier":
+            return self.width * (self.classes + self.pooler * self.width)
+        return self.width * (self.vocab_size + self.head_transform * self.width)
+
+    @property
+    def source_positions(self) -> int:
+        return self.max_source_positions or self.max_positions
+
+    @property
     def gated(self) -> bool:
         return self.activation in GATED
+
+    @property
+    def expert_ffn(self) -> int:
+        """Width of an expert."""
+        return self.moe.ffn or self.ffn
+
+    def sparse(self, layer: int) -> bool:
+        """Whether the feed-forward of a layer (0-based) is a mixture of experts."""
+        moe = self.moe
+        return moe.experts > 0 and layer >= moe.first and (layer - moe.first + 1) % moe.every == 0
+
+    @property
+    def sparse_layers(self) -> int:
+        return sum(self.sparse(layer) for layer in range(self.layers))
+
+    def ffn_weights(self, layer: int) -> int:
+        """Weights of the feed-forward matrices of a layer that one token meets."""
+        per_feature = (3 if self.gated else 2) * self.width
+        if not self.sparse(layer):
+            return per_feature * self.ffn
+        return per_feature * (self.moe.top_k * self.expert_ffn + self.moe.shared_ffn) + self.width * self.moe.experts

@@ -31,7 +31,8 @@ class Resolved:
     """A scheme for one stack of known depth; every formula is a number and no Norm has an open field.
 
     layers[i] is the layer with global 0-based index i. gains[i] maps a role to the gain of its initial weights there;
-    roles without an entry have gain 1. distribution None: the user's (ModelConfig.init).
+    roles without an entry have gain 1. distribution None: the user's (ModelConfig.init). encoder: of an encoder-decoder,
+    whose decoder all else describes.
     """
 
     scheme: str
@@ -40,10 +41,12 @@ class Resolved:
     final: Norm | None
     distribution: str | None
     gains: tuple[Mapping[str, float], ...]
+    encoder: "Resolved | None" = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; ``from_json`` reads it back."""
-        return asdict(self)
+        plain = asdict(self)
+        return plain if self.encoder is not None else {key: item for key, item in plain.items() if key != "encoder"}
 
 
 def scheme_of(config: NormConfig) -> Scheme:
@@ -87,6 +90,18 @@ def resolve(
     )
 
 
+def resolve_pair(config: NormConfig, encoder_layers: int, decoder_layers: int) -> Resolved:
+    """Resolve a config's scheme for an encoder-decoder: the decoder's stack, with the encoder's inside."""
+    both = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+    encoder = resolve(config, encoder_layers, stack="encoder", **both)
+    return replace(resolve(config, decoder_layers, stack="decoder", **both), encoder=encoder)
+
+
+def plain_norm(config: NormConfig) -> Norm:
+    """The norm that a config's norms are where nothing else is said, for places outside the scheme."""
+    return _fill(Norm(), config)
+
+
 def from_json(data: Mapping[str, Any]) -> Resolved:
     """The inverse of ``Resolved.to_json``."""
 
@@ -114,6 +129,7 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
         norm(data["final"]),
         data["distribution"],
         tuple(dict(gain) for gain in data["gains"]),
+        from_json(data["encoder"]) if data.get("encoder") else None,
     )
 
 

@@ -133,7 +133,8 @@ class FFN(SubLayer):
 
 @dataclass(frozen=True)
 class Layer:
-    """A transformer layer. cross_attention None: like attention. It serves decoders of encoder-decoder models only."""
+    """A transformer layer. cross_attention None: like attention. It serves decoders of encoder-decoder models only, between
+    attention and ffn; its k and v sites are on projections of the encoder's output, the others as in attention."""
 
     attention: Attention = Attention()
     ffn: FFN = FFN()
@@ -293,11 +294,13 @@ def _check_layer(path: str, layer: Layer) -> None:
             raise SchemeError(
                 f"{path}.{part}.residual.layer_input: only the last sub-layer, ffn, may add the layer's input"
             )
+    parts = [part for part in (layer.attention, layer.cross_attention, layer.ffn) if part is not None]
     for name in ("skip", "branch"):
-        first, last = (getattr(sub.residual, name) for sub in (layer.attention, layer.ffn))
-        if (first.shared or last.shared) and first != last:
+        factors = [getattr(part.residual, name) for part in parts]
+        if any(factor.shared for factor in factors) and any(factor != factors[0] for factor in factors):
             raise SchemeError(
-                f"{path}: residual.{name}.shared: attention and ffn share a factor, so declare it alike in both"
+                f"{path}: residual.{name}.shared: attention and ffn (and cross_attention) share a factor, so declare it "
+                "alike in all"
             )
 
 

@@ -16,13 +16,17 @@ def global_norm(pieces: Sequence[Piece], mesh: Mesh, *, sharded: bool) -> Tensor
     pieces: what this rank updates; slices held by several ranks are counted by their owner. sharded: pieces of the ranks
     of the dp axis differ (ZeRO-1).
     """
-    total = torch.zeros((), dtype=torch.double, device=mesh.device)
-    owned = [piece.grad for piece in pieces if piece.named.matrix.owner]
-    if owned:  # a rank's range may hold nothing but slices that others own
-        total += torch.stack([norm.double() for norm in torch._foreach_norm(owned)]).square().sum()
+    totals = torch.zeros(2, dtype=torch.double, device=mesh.device)  # what every rank of a stage holds; experts
+    for i, replicas in enumerate(("dp", "edp")):
+        held = [piece for piece in pieces if piece.named.matrix.replicas == replicas]
+        owned = [piece.grad for piece in held if piece.named.matrix.owner]
+        if owned:  # a rank's range may hold nothing but slices that others own
+            totals[i] += torch.stack([norm.double() for norm in torch._foreach_norm(owned)]).square().sum()
     for axis in (mesh.tp, mesh.pp, *((mesh.dp,) if sharded else ())):
-        all_reduce(total, axis)
-    return total.sqrt()
+        all_reduce(totals, axis)
+    if not sharded:
+        all_reduce(totals[1:], mesh.ep)
+    return totals.sum().sqrt()
 
 
 def clip_factor(norm: Tensor, largest: float) -> float:

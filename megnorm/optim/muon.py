@@ -59,7 +59,8 @@ def iteration_dtype(config: MuonConfig, master: torch.dtype, device: torch.devic
 class Part:
     """What a rank has of a matrix of ``shape``: elements [first, last) of its slice, which is ``local`` at ``offset``.
 
-    owner: of the ranks of a model's copy that hold the slice, the one that speaks for it. dtype: of the master.
+    owner: of the ranks of a model's copy that hold the slice, the one that speaks for it. dtype: of the master. replicas:
+    see Matrix.
     """
 
     name: str
@@ -70,11 +71,12 @@ class Part:
     last: int
     owner: bool
     dtype: torch.dtype
+    replicas: str
 
     @staticmethod
     def of(piece: Piece) -> "Part":
         name, m = piece.named.name, piece.named.matrix
-        return Part(name, m.shape, m.offset, m.local, piece.first, piece.last, m.owner, piece.master.dtype)
+        return Part(name, m.shape, m.offset, m.local, piece.first, piece.last, m.owner, piece.master.dtype, m.replicas)
 
     @property
     def size(self) -> int:
@@ -138,14 +140,18 @@ class Route:
     back: Leg
 
     @staticmethod
-    def of(dealt: Mapping[str, int], held: Sequence[Sequence[Part]], copies: Sequence[int], rank: int) -> "Route":
-        """held, copies: by rank its parts, and the copy of the model that it is of. Senders and workers are of one copy."""
+    def of(
+        dealt: Mapping[str, int], held: Sequence[Sequence[Part]], copies: Mapping[str, Sequence[int]], rank: int
+    ) -> "Route":
+        """held: by rank its parts; copies: by rank the copy of the model that it is of, for each kind of replicas.
+        Senders and workers are of one copy."""
 
         def between(holder: int, worker: int) -> list[Part]:
             return [part for part in held[holder] if dealt.get(part.name) == worker]
 
         def spoken(holder: int, worker: int) -> list[Part]:
-            return [part for part in between(holder, worker) if part.owner] if copies[holder] == copies[worker] else []
+            own = {kind for kind, copy in copies.items() if copy[holder] == copy[worker]}
+            return [part for part in between(holder, worker) if part.owner and part.replicas in own]
 
         ranks = range(len(held))
         route = Route(
@@ -183,7 +189,10 @@ class Muon:
         everything = [part for parts in held for part in parts]
         master = everything[0].dtype if everything else torch.float32  # without any, there are no rounds either
         self.dtype, self.device = iteration_dtype(config.muon, master, mesh.device), mesh.device
-        copies = [0 if sharded else rank // mesh.tp.size for rank in range(self.axis.size)]
+        tp, ep, ranks = mesh.tp.size, mesh.ep.size, range(self.axis.size)
+        copies = {
+            kind: [0 if sharded else rank // width for rank in ranks] for kind, width in (("dp", tp), ("edp", tp * ep))
+        }
         rounds = deal({part.name: part.shape for part in everything}, self.axis.size, limit)
         self.routes = [Route.of(dealt, held, copies, self.axis.rank) for dealt in rounds]
 

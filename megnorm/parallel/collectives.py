@@ -112,6 +112,17 @@ def start_all_to_all(
     return out, dist.all_to_all_single(out, x, list(received), list(sent), group=axis.group, async_op=True)
 
 
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+    """Rows [n, ...], of which ``sent[r]`` go to rank r -> what arrives, in rank order; no gradient."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    RECORDER.begin("all_to_all", axis.name, out.nbytes)
+    dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=axis.group)
+    RECORDER.end()
+    return out
+
+
 def gather_objects(value: T, axis: Axis) -> list[T]:
     """The small plain value of every rank of the axis, in rank order."""
     if axis.size == 1:
@@ -181,6 +192,23 @@ class _Slice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_gather(grad, ctx.axis), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+        ctx.counts, ctx.axis = (received, sent), axis
+        return all_to_all(x, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sent, received = ctx.counts
+        return all_to_all(grad, sent, received, ctx.axis), None, None, None
+
+
+def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+    """``all_to_all`` with its gradient, which goes back the same way."""
+    return x if axis.size == 1 else _Exchange.apply(x, sent, received, axis)
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:

@@ -9,6 +9,7 @@ class ParallelConfig:
     """Sizes of the mesh axes; their product is the number of ranks.
 
     tp: tensor parallel. dp: data parallel; None: what is left of the ranks. pp: pipeline parallel.
+    ep: expert parallel: so many data-parallel ranks share the experts of sparse layers, each holding 1 / ep of them.
     sequence_parallel: shard the residual stream over tp between the linear layers; None: whenever tp > 1.
     keep_gathered: with sequence parallelism, keep the gathered inputs of linear layers for backward (4 all-gathers a
     layer instead of 6, for tp times the memory of those inputs).
@@ -24,6 +25,7 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     dp: int | None = None
+    ep: int = 1
     sequence_parallel: bool | None = None
     keep_gathered: bool = False
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"

@@ -7,6 +7,9 @@ a bucket is summed over the data-parallel ranks as soon as its gradients are com
 With ZeRO-1 every rank of the dp axis updates an equal contiguous range of each bucket, and keeps fp32 masters and
 moments of that range alone: sums are reduce-scattered, and updated weights gathered bucket by bucket, in the order of the
 forward pass, which waits for a bucket where it is first used (arXiv:1910.02054, stage 1).
+
+What belongs to experts lies in buckets of its own, behind all others: with expert parallelism its replicas are those of the
+edp axis, and all that is said here of dp holds for them with that axis.
 """
 
 import weakref
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 from megnorm.parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter, wait_for
 from megnorm.parallel.layout import Named, Piece, layout_of, named_matrices, reduce_replicated_grads
-from megnorm.parallel.mesh import Mesh
+from megnorm.parallel.mesh import Axis, Mesh
 from megnorm.parallel.messages import Pending
 
 ALIGN = 64  # elements: where a parameter may begin; a multiple of what any GEMM kernel asks for
@@ -63,13 +66,14 @@ def _up(n: int, multiple: int) -> int:
 class Bucket:
     """A range [start, stop) of the flat tensors. own: the range in it that this rank updates.
 
-    stage: whose backward fills it. deferred: summed after all backward, since its sum needs other stages. waiting:
-    parameters without their last gradient. work, gathering: the collectives under way.
+    axis: over which it is summed. stage: whose backward fills it. deferred: summed after all backward, since its sum needs
+    other stages. waiting: parameters without their last gradient. work, gathering: the collectives under way.
     """
 
     start: int
     stop: int
     own: tuple[int, int]
+    axis: Axis
     stage: int
     params: list[nn.Parameter]
     deferred: bool
@@ -98,14 +102,15 @@ class DataParallel:
         bucket_bytes: float = 40e6,
     ) -> None:
         self.mesh, self.shard = mesh, shard and mesh.dp.size > 1
-        parts = mesh.dp.size if self.shard else 1
         params, stage_of = self._order(stages)
         self.params = params
-        limit = int(bucket_bytes / accumulate.itemsize) if mesh.dp.size > 1 else 1 << 62
         offsets: list[int] = []
         self.buckets: list[Bucket] = []
         # A bucket lies in one stage, and holds what is summed during backward or what is deferred, not both.
-        for run in _runs([(stage_of[id(p)], _needs_other_stages(p)) for p in params]):
+        for run in _runs([(stage_of[id(p)], _tie(p), _replicas(p)) for p in params]):
+            axis = mesh.axis(_replicas(params[run.start]))
+            parts = axis.size if self.shard else 1
+            limit = int(bucket_bytes / accumulate.itemsize) if axis.size > 1 else 1 << 62
             base = self.buckets[-1].stop if self.buckets else 0
             starts, ranges = pack([p.numel() for p in params[run.start : run.stop]], limit, parts)
             offsets += [base + start for start in starts]
@@ -113,25 +118,32 @@ class DataParallel:
                 held = [params[run.start + i] for i in found.members]
                 start, stop = base + found.start, base + found.stop
                 length = (stop - start) // parts
-                first = start + (mesh.dp.rank * length if self.shard else 0)
-                stage, deferred = stage_of[id(held[0])], _needs_other_stages(held[0])
-                self.buckets.append(Bucket(start, stop, (first, first + length), stage, held, deferred))
+                first = start + (axis.rank * length if self.shard else 0)
+                stage, deferred = stage_of[id(held[0])], bool(_tie(held[0]))
+                self.buckets.append(Bucket(start, stop, (first, first + length), axis, stage, held, deferred))
+        # One line of buckets for each axis: in each, all ranks must start the same collectives in the same order.
+        lines = {name: [b for b in self.buckets if b.axis.name == name] for name in ("dp", "edp")}
+        self._lines = {name: line for name, line in lines.items() if line}
+        place = {key: i for i, key in enumerate(stage_of)}  # as backward reaches them
+        self._ahead = sorted(self.buckets, key=lambda b: max(place[id(p)] for p in b.params), reverse=True)
         self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.params}
         self._fill(dict(zip(map(id, params), offsets, strict=True)), compute, accumulate)
         self.pieces = list(self._pieces(named_matrices(*stages.values()), offsets))
-        self._next = 0
+        self._next = dict.fromkeys(self._lines, 0)
         if self.shard:
             for module in stages.values():
                 self._watch(module)
 
     @staticmethod
     def _order(stages: Mapping[int, nn.Module]) -> tuple[list[nn.Parameter], dict[int, int]]:
-        """Parameters as backward reaches them: last stage first, each from its end; deferred ones behind all."""
+        """Parameters as backward reaches them: last stage first, each from its end; deferred ones behind all, in an order
+        that is the same on all ranks that sum them; then experts'. And the stage of each by id, in the plain order of
+        backward."""
         found: dict[int, tuple[int, nn.Parameter]] = {}
         for index in sorted(stages, reverse=True):
             for param in reversed(list(stages[index].parameters())):
                 found.setdefault(id(param), (index, param))
-        order = sorted(found.values(), key=lambda item: _needs_other_stages(item[1]))
+        order = sorted(found.values(), key=lambda item: (_replicas(item[1]), _tie(item[1])))
         return [param for _, param in order], {key: index for key, (index, _) in found.items()}
 
     def _fill(self, offsets: Mapping[int, int], compute: torch.dtype, accumulate: torch.dtype) -> None:
@@ -188,7 +200,7 @@ class DataParallel:
     def zero(self) -> None:
         """Begin a step."""
         self.grads.zero_()
-        self._next = 0
+        self._next = dict.fromkeys(self._lines, 0)
 
     def expect(self, stage: int) -> None:
         """The next backward of ``stage`` is its last of this step: sum its buckets as they fill."""
@@ -204,10 +216,12 @@ class DataParallel:
         bucket = self._bucket_of[id(param)]
         if bucket.expected:
             bucket.waiting.discard(id(param))
-            # In order of storage, whatever fills first: all ranks must start the same collectives in the same order.
-            while self._next < len(self.buckets) and self._full(self.buckets[self._next]):
-                self._reduce(self.buckets[self._next])
-                self._next += 1
+            # In order of storage, whatever fills first.
+            name = bucket.axis.name
+            line = self._lines[name]
+            while self._next[name] < len(line) and self._full(line[self._next[name]]):
+                self._reduce(line[self._next[name]])
+                self._next[name] += 1
 
     @staticmethod
     def _full(bucket: Bucket) -> bool:
@@ -216,21 +230,22 @@ class DataParallel:
     def _reduce(self, bucket: Bucket) -> None:
         reduce_replicated_grads(bucket.params, self.mesh)
         grads = self.grads[bucket.start : bucket.stop]
-        if self.shard:
-            bucket.work = start_reduce_scatter(grads, self.grads[slice(*bucket.own)], self.mesh.dp)
+        if self.shard and bucket.axis.size > 1:
+            bucket.work = start_reduce_scatter(grads, self.grads[slice(*bucket.own)], bucket.axis)
         else:
-            bucket.work = start_all_reduce(grads, self.mesh.dp)
+            bucket.work = start_all_reduce(grads, bucket.axis)
 
     def finish(self) -> None:
         """Sum what backward has not, and wait for all sums."""
-        for bucket in self.buckets[self._next :]:
-            self._reduce(bucket)
-        self._next = len(self.buckets)
+        for name, line in self._lines.items():
+            for bucket in line[self._next[name] :]:
+                self._reduce(bucket)
+            self._next[name] = len(line)
         for bucket in self.buckets:
             bucket.expected = False
             if bucket.work is not None:
                 size = (bucket.stop - bucket.start) * self.grads.itemsize
-                wait_for(bucket.work, "gradient sum", "dp", size)
+                wait_for(bucket.work, "gradient sum", bucket.axis.name, size)
             bucket.work = None
 
     def scale_grads(self, factor: float) -> None:
@@ -240,10 +255,14 @@ class DataParallel:
 
     def gather_grads(self) -> None:
         """After ``finish``: the sums of all elements on every rank, for those who look at whole gradients."""
-        for bucket in self.buckets if self.shard else ():
+        for bucket in self._shared():
             whole = self.grads[bucket.start : bucket.stop]
-            work = start_all_gather(whole, self.mesh.dp)
-            wait_for(work, "gradient gather", "dp", whole.nbytes)
+            work = start_all_gather(whole, bucket.axis)
+            wait_for(work, "gradient gather", bucket.axis.name, whole.nbytes)
+
+    def _shared(self) -> list[Bucket]:
+        """The buckets of which this rank updates a part, in the order of the forward pass."""
+        return [bucket for bucket in self._ahead if self.shard and bucket.axis.size > 1]
 
     # Weights
 
@@ -259,10 +278,9 @@ class DataParallel:
                 own = self.weights[slice(*bucket.own)]
                 if own.data_ptr() != master.data_ptr():
                     own.copy_(master)
-        if self.shard:
-            for bucket in reversed(self.buckets):
-                whole = self.weights[bucket.start : bucket.stop]
-                bucket.gathering = start_all_gather(whole, self.mesh.dp)
+        for bucket in self._shared():
+            whole = self.weights[bucket.start : bucket.stop]
+            bucket.gathering = start_all_gather(whole, bucket.axis)
 
     def wait_weights(self) -> None:
         """Wait for all weights; forward waits by itself, whoever reads parameters otherwise calls this."""
@@ -271,7 +289,8 @@ class DataParallel:
 
     def _wait(self, bucket: Bucket) -> None:
         if bucket.gathering is not None:
-            wait_for(bucket.gathering, "weight gather", "dp", (bucket.stop - bucket.start) * self.weights.itemsize)
+            size = (bucket.stop - bucket.start) * self.weights.itemsize
+            wait_for(bucket.gathering, "weight gather", bucket.axis.name, size)
             bucket.gathering = None
 
     def _wait_for(self, buckets: list[Bucket], module: nn.Module, inputs: Any) -> None:
@@ -285,8 +304,15 @@ class DataParallel:
                 unit.register_forward_pre_hook(partial(self._wait_for, buckets))
 
 
-def _needs_other_stages(param: nn.Parameter) -> bool:
-    return any(matrix.grad_sum == "ends" for matrix in layout_of(param).matrices)
+def _tie(param: nn.Parameter) -> str:
+    """The axis of pipeline stages over which a parameter's gradient is summed, or "" for none."""
+    axes = {matrix.grad_sum for matrix in layout_of(param).matrices} - {None, "tp", "kv"}
+    return min(filter(None, axes), default="")
+
+
+def _replicas(param: nn.Parameter) -> str:
+    """The axis of the ranks that hold the same parameter for other tokens: "dp" or "edp"."""
+    return layout_of(param).matrices[0].replicas
 
 
 def _runs(keys: Sequence[Any]) -> list[slice]:

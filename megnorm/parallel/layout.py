@@ -7,7 +7,7 @@ outside this file knows how matrices are packed.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,11 @@ class Matrix:
     role: embed | position | q | k | v | o | up | gate | down | router | head, or "norm", "bias", "scale".
     shape: global. offset, local: where this rank's slice begins in it, and the slice's shape.
     dim, start: the slice lies in the storage at ``storage.narrow(dim, start, local[dim])``.
-    grad_sum: the mesh axis over which gradients of this slice are partial sums ("tp", "kv", "ends") or None.
+    grad_sum: the mesh axis over which gradients of this slice are partial sums ("tp", "kv", "ends" or a tie) or None.
     owner: exactly one of the ranks of a model's copy that hold a slice owns it: it counts it in norms and writes it to
     checkpoints. (Replicas of the model, over dp, each have an owner.)
     copy: the same slice lies on another pipeline stage too, which owns it.
+    replicas: the mesh axis whose ranks hold the same slice for other tokens: "dp", or "edp" for what belongs to an expert.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Matrix:
     grad_sum: str | None = None
     owner: bool = True
     copy: bool = False
+    replicas: str = "dp"
 
     def view(self, storage: Tensor) -> Tensor:
         """The slice inside ``storage``; no copy."""
@@ -72,6 +74,13 @@ def layout_of(param: Tensor) -> Layout:
     layout = getattr(param, "megnorm_layout", None)
     assert isinstance(layout, Layout), "every parameter of a megnorm model is made by parallel.layout.parameter"
     return layout
+
+
+def belong_to_experts(module: nn.Module) -> None:
+    """Parameters of ``module`` are those of experts that this rank holds: their replicas are fewer."""
+    for param in module.parameters():
+        matrices = tuple(replace(matrix, replicas="edp") for matrix in layout_of(param).matrices)
+        param.megnorm_layout = Layout(matrices)  # type: ignore[attr-defined]
 
 
 def views(param: Tensor, storage: Tensor | None = None) -> list[tuple[Matrix, Tensor]]:
@@ -153,6 +162,17 @@ def named_matrices(*models: nn.Module) -> Iterator[Named]:
                 yield Named(".".join(part for part in parts if part), matrix, param)
 
 
+def share_copies(stages: Iterable[nn.Module]) -> None:
+    """Let the stages of a rank, in their order, hold what several of them have (a tied embedding) as one parameter."""
+    first: dict[str, nn.Parameter] = {}
+    for stage in stages:
+        held = {id(n.param): first.setdefault(n.name, n.param) for n in named_matrices(stage)}
+        for module in stage.modules():
+            for attribute, param in module._parameters.items():
+                if param is not None:
+                    module._parameters[attribute] = held[id(param)]
+
+
 def parameter_count(model: nn.Module) -> int:
     """Logical elements that this rank owns (summed over a tensor-parallel group: the model's)."""
     return sum(torch.Size(named.matrix.local).numel() for named in named_matrices(model) if named.matrix.owner)
@@ -163,7 +183,7 @@ def reduce_replicated_grads(params: Iterable[nn.Parameter], mesh: Mesh) -> None:
 
     A fused parameter may hold matrices that differ: with replicated key/value heads k and v are summed, q is not.
     """
-    for name in ("tp", "kv", "ends"):
+    for name in ("tp", "kv", "ends", *sorted(mesh.ties)):
         axis = mesh.axis(name)
         if axis.size == 1:
             continue

@@ -1,12 +1,14 @@
 """The mesh of ranks: axes pp, dp, tp, kv (ranks of a tp group that hold the same key/value heads) and ends (the first and
-the last stage, which share a tied embedding).
+the last stage, which share a tied embedding). Ties are further sets of stages that share a parameter. dp is edp x ep: ep
+ranks share the experts of sparse layers, and edp ranks hold the same ones.
 
 A mesh is passed as an argument; there is no global state. An axis of size 1 has no group and costs nothing.
 """
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -26,9 +28,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads.
+    """This rank's place. tp ranks are neighbours; kv splits tp: ranks that differ only in kv hold the same kv heads. ep and
+    edp split dp, of which ep ranks are neighbours.
 
-    ends: of the ranks that differ in pp alone the first and the last; size 1 between them.
+    ends: of the ranks that differ in pp alone the first and the last; size 1 between them. ties: the like by name, of other
+    sets of such ranks; size 1 on ranks outside of a set.
     lanes: groups over pp for messages of each kind ("F", "B") from senders of each parity; empty: pp's own group.
     """
 
@@ -36,7 +40,10 @@ class Mesh:
     dp: Axis = Axis("dp")
     tp: Axis = Axis("tp")
     kv: Axis = Axis("kv")
+    ep: Axis = Axis("ep")
+    edp: Axis = Axis("edp")
     ends: Axis = Axis("ends")
+    ties: Mapping[str, Axis] = field(default_factory=dict)
     lanes: Mapping[tuple[str, int], dist.ProcessGroup] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     sequence_parallel: bool = False
@@ -56,7 +63,7 @@ class Mesh:
         return self.tp if self.sequence_parallel else Axis("sp")
 
     def axis(self, name: str) -> Axis:
-        return cast(Axis, getattr(self, name))
+        return self.ties[name] if name in self.ties else cast(Axis, getattr(self, name))
 
 
 def build_mesh(
@@ -64,19 +71,26 @@ def build_mesh(
     tp: int,
     pp: int,
     dp: int,
+    ep: int = 1,
     kv_heads: int,
     device: torch.device,
     sequence_parallel: bool = False,
     keep_gathered: bool = False,
+    ties: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Mesh:
-    """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that)."""
+    """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that).
+
+    ep: divides dp. ties: by name, the pp ranks that share something.
+    """
     if tp * pp * dp == 1:
         return Mesh(device=device)
     everyone = dist.group.WORLD
-    axes = _axes(everyone, tp, pp, dp, max(1, tp // kv_heads), device.type)
+    axes = _axes(everyone, tp, pp, dp, ep, max(1, tp // kv_heads), device.type)
     lines = _pipelines(pp, dp * tp)
-    ends, lanes = _ends(everyone, lines), _lanes(everyone, lines) if device.type == "cuda" and pp > 1 else {}
-    return Mesh(*axes, ends, lanes, device, sequence_parallel and tp > 1, keep_gathered)
+    ends = _tie(everyone, lines, "ends", (0, pp - 1)) if pp > 1 else Axis("ends")
+    lanes = _lanes(everyone, lines) if device.type == "cuda" and pp > 1 else {}
+    tied = {name: _tie(everyone, lines, name, ranks) for name, ranks in sorted(ties.items())}
+    return Mesh(*axes, ends, tied, lanes, device, sequence_parallel and tp > 1, keep_gathered)
 
 
 def _pipelines(pp: int, width: int) -> tuple[tuple[int, ...], ...]:
@@ -85,11 +99,14 @@ def _pipelines(pp: int, width: int) -> tuple[tuple[int, ...], ...]:
 
 
 @functools.cache
-def _ends(everyone: dist.ProcessGroup | None, lines: tuple[tuple[int, ...], ...]) -> Axis:
-    if len(lines[0]) == 1:
-        return Axis("ends")
-    group = _own_group([[line[0], line[-1]] for line in lines])
-    return Axis("ends") if group is None else Axis("ends", 2, dist.get_rank(group), group)
+def _tie(
+    everyone: dist.ProcessGroup | None, lines: tuple[tuple[int, ...], ...], name: str, places: tuple[int, ...]
+) -> Axis:
+    """The ranks at these places of this rank's pipeline, if it is one of them."""
+    if len(places) == 1:
+        return Axis(name)
+    group = _own_group([[line[place] for place in places] for line in lines])
+    return Axis(name) if group is None else Axis(name, len(places), dist.get_rank(group), group)
 
 
 @functools.cache
@@ -117,19 +134,23 @@ def _own_group(members: list[list[int]]) -> dist.ProcessGroup | None:
 
 @functools.cache
 def _axes(
-    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, replicas: int, device_type: str
-) -> tuple[Axis, Axis, Axis, Axis]:
-    """The axes pp, dp, tp, kv over the ranks of ``everyone``. Groups cost threads: the same layout is made once."""
-    names = ("pp", "dp", "head", "kv")
-    mesh = init_device_mesh(device_type, (pp, dp, tp // replicas, replicas), mesh_dim_names=names)
+    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, ep: int, replicas: int, device_type: str
+) -> tuple[Axis, Axis, Axis, Axis, Axis, Axis]:
+    """The axes pp, dp, tp, kv, ep, edp over the ranks of ``everyone``. Groups cost threads: a layout is made once."""
+    names = ("pp", "edp", "ep", "head", "kv") if ep > 1 else ("pp", "dp", "head", "kv")
+    data = (dp // ep, ep) if ep > 1 else (dp,)
+    mesh = init_device_mesh(device_type, (pp, *data, tp // replicas, replicas), mesh_dim_names=names)
     flat = mesh["head", "kv"]._flatten("tp")
+    replicated = mesh["edp", "ep"]._flatten("dp") if ep > 1 else mesh["dp"]
 
     def axis(name: str, source: DeviceMesh) -> Axis:
         group = source.get_group()
         size = dist.get_world_size(group)
         return Axis(name, size, dist.get_rank(group), group if size > 1 else None)
 
-    return axis("pp", mesh["pp"]), axis("dp", mesh["dp"]), axis("tp", flat), axis("kv", mesh["kv"])
+    every = axis("dp", replicated)
+    experts = (axis("ep", mesh["ep"]), axis("edp", mesh["edp"])) if ep > 1 else (Axis("ep"), replace(every, name="edp"))
+    return axis("pp", mesh["pp"]), every, axis("tp", flat), axis("kv", mesh["kv"]), *experts
 
 
 def stage_axis(mesh: Mesh) -> Axis:

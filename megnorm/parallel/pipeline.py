@@ -25,20 +25,25 @@ BEHIND = 4  # messages of forwards alone that may be on their way
 class Stage(Protocol):
     """What the executor asks of a stage."""
 
-    def __call__(self, batch: Any, carry: Tensor | None) -> Tensor:
-        """carry: what the stage before gave, None for the first. The last stage gives a scalar loss."""
+    def __call__(self, batch: Any, carry: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """carry: what the stage before gave, None for the first. The last stage gives a scalar loss. A stage may give a
+        scalar beside that: losses of its own, which count like the last one's."""
         ...
 
-    def edge(self, batch: Any) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of what travels between stages for this micro-batch."""
+    def edge(self, batch: Any, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of what this stage gets from the one before (into), or gives, for this micro-batch."""
         ...
 
 
 class Pipeline:
-    """The stages of this rank, by global index, and their neighbours' messages."""
+    """The stages of this rank, by global index, and their neighbours' messages.
+
+    extra: of the last run, the sum of weight * what stages gave beside their output.
+    """
 
     def __init__(self, stages: Mapping[int, Stage], mesh: Mesh) -> None:
         self.stages, self.mesh = stages, mesh
+        self.extra = torch.zeros((), dtype=torch.float64, device=mesh.device)
         _open_lanes(mesh)
 
     def run(
@@ -52,24 +57,29 @@ class Pipeline:
     ) -> Tensor:
         """Run a step's micro-batches; the sum of weight * loss over them, 0 where the last stage is elsewhere.
 
-        Gradients are those of scale * weight * loss. before: called with each action before it computes, and whether it
-        is the last backward of its stage.
+        Gradients are those of scale * weight * (loss + extra losses). before: called with each action before it computes,
+        and whether it is the last backward of its stage.
         """
         last = schedule.stages - 1
         actions = schedule.actions[self.mesh.pp.rank]
         messages = _Messages(schedule, actions, self.stages, batches, self.mesh)
         final = set({action.stage: action for action in actions if action.kind == "B"}.values())
         inputs: dict[tuple[int, int], Tensor] = {}
-        outputs: dict[tuple[int, int], GradientEdge] = {}
+        outputs: dict[tuple[int, int], list[GradientEdge]] = {}
         loss_grad: Tensor | None = None
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        extra_grad: list[Tensor] = []
+        total, self.extra = torch.zeros_like(self.extra), torch.zeros_like(self.extra)
         for action in actions:
             place = (action.stage, action.micro_batch)
             arrived = messages.receive(action)
             before(action, action in final)
             if action.kind == "F":
                 carry = None if arrived is None else arrived.requires_grad_(torch.is_grad_enabled())
-                output = self.stages[action.stage](batches[action.micro_batch], carry)
+                given = self.stages[action.stage](batches[action.micro_batch], carry)
+                output, *extra = given if isinstance(given, tuple) else (given,)
+                for one in extra:
+                    self.extra += one.detach() * weight
+                    extra_grad = [torch.full_like(one, scale * weight)]
                 if action.stage == last:
                     output = output * weight
                     total += output.detach()
@@ -79,14 +89,15 @@ class Pipeline:
                     if carry is not None:
                         inputs[place] = carry
                     # Backward needs the output's place in the graph, not its values: they are free once sent.
-                    outputs[place] = get_gradient_edge(output)
+                    outputs[place] = [get_gradient_edge(root) for root in (output, *extra)]
                     if action.stage == last:
                         loss_grad = torch.full_like(output, scale)
-                del output
+                del given, output, extra
             else:
                 grad = loss_grad if arrived is None else arrived
                 assert grad is not None
-                torch.autograd.backward([outputs.pop(place)], [grad])
+                roots = outputs.pop(place)
+                torch.autograd.backward(roots, [grad, *extra_grad][: len(roots)])
                 if action.stage > 0:
                     received = inputs.pop(place).grad
                     assert received is not None
@@ -106,8 +117,7 @@ class _Messages:
         batches: Sequence[Any],
         mesh: Mesh,
     ) -> None:
-        self.schedule, self.mesh, self.batches = schedule, mesh, batches
-        self.stage = next(iter(stages.values()))
+        self.schedule, self.mesh, self.stages, self.batches = schedule, mesh, stages, batches
         self.due = deque(action for action in actions if schedule.source(action) is not None)
         self.posted: dict[Action, tuple[Tensor, dist.Work]] = {}
         self.sent: dict[Action, tuple[Tensor, dist.Work]] = {}  # by the action that takes it
@@ -143,7 +153,7 @@ class _Messages:
     def _post(self, action: Action) -> None:
         source = self.schedule.source(action)
         assert source is not None
-        shape, dtype = self.stage.edge(self.batches[action.micro_batch])
+        shape, dtype = self.stages[action.stage].edge(self.batches[action.micro_batch], into=action.kind == "F")
         message = torch.empty(shape, dtype=dtype, device=self.mesh.device)
         rank = self.schedule.placement[source.stage]
         work = dist.irecv(message, group_src=rank, group=self._group(action.kind, rank), tag=self._tag(action))

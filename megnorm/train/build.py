@@ -3,39 +3,32 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 import torch
 
 from megnorm.checkpoint.saver import own_barrier
 from megnorm.config import RunConfig
-from megnorm.data.batch import Batch
-from megnorm.data.choose import open_split
-from megnorm.data.loader import Loader
+from megnorm.data.choose import Samples, open_split
+from megnorm.data.classes import ClassLoader
 from megnorm.kernels import backends, registry
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
-from megnorm.models.causal import CausalLM, build_model
+from megnorm.models.build import Model, build_model
 from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
-from megnorm.parallel.layout import Named, named_matrices
+from megnorm.parallel.layout import Named, named_matrices, share_copies
 from megnorm.parallel.mesh import Mesh, build_mesh, stage_axis
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
-from megnorm.plan import Plan
+from megnorm.plan import Plan, PlanError
 from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-
-
-class Samples(Protocol):
-    """What a step needs of a loader."""
-
-    def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> Batch: ...
-    def state(self, consumed_samples: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -49,7 +42,7 @@ class Run:
 
     plan: Plan
     mesh: Mesh
-    stages: dict[int, CausalLM]
+    stages: dict[int, Model]
     named: list[Named]
     pipeline: Pipeline
     rng: DropoutRng
@@ -99,7 +92,8 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
             every=config.metrics.probe_every,
             reduce_sum=lambda x: all_reduce(x, mesh.tp),
             reduce_activations=lambda x: all_reduce(all_reduce(x, mesh.tp), mesh.dp),
-            gather=lambda sums: gather_objects(sums, mesh.pp),
+            gather=lambda sums: chain(*gather_objects(gather_objects(sums, mesh.ep), mesh.pp)),
+            counts=lambda matrix: matrix.replicas == "edp" or mesh.ep.rank == 0,
         ),
         train_data,
         valid_data,
@@ -125,14 +119,16 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
         tp=parallel.tp,
         pp=parallel.pp,
         dp=plan.dp,
+        ep=parallel.ep,
         kv_heads=plan.config.model.kv,
         device=device,
         sequence_parallel=plan.sequence_parallel,
         keep_gathered=parallel.keep_gathered,
+        ties=plan.ties,
     )
 
 
-def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRng]:
+def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, Model], DropoutRng]:
     """This rank's stages by global index, with initial weights in fp32 (fp64 for fp64), and the place of their dropout."""
     config, rng = plan.config, DropoutRng(mesh.device)
     compute = DTYPES[config.train.precision]
@@ -159,6 +155,7 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, CausalLM], DropoutRn
         )
         for index in own_stages(plan, mesh)
     }
+    share_copies(stages.values())
     return stages, rng
 
 
@@ -171,7 +168,7 @@ def own_stages(plan: Plan, mesh: Mesh) -> range:
     return range(mesh.pp.rank, len(plan.stages), mesh.pp.size)
 
 
-def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParallel:
+def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, Model]) -> DataParallel:
     """Flat storage of the stages in the precision of the run."""
     parallel, compute = plan.config.parallel, DTYPES[plan.config.train.precision]
     return DataParallel(
@@ -184,7 +181,7 @@ def flatten(plan: Plan, mesh: Mesh, stages: Mapping[int, CausalLM]) -> DataParal
     )
 
 
-def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Loader:
+def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, done: int = 0) -> Samples:
     """The loader of a split; state: of the checkpoint that the run continues, after ``done`` steps."""
     config, t = plan.config, plan.config.train
     used = 0 if state is None else state["samples"]
@@ -197,5 +194,9 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, do
         samples=t.consumed_after(t.steps - done, used) if split == "train" else used + t.eval_batches * t.global_batch,
         state=state,
     )
-    assert isinstance(loader, Loader)  # the plan refuses a task that the model cannot use
+    if isinstance(loader, ClassLoader) and (found := len(loader.classes) or 1) != config.model.classes:
+        what = f"{found} classes" if loader.classes else "numbers"
+        raise PlanError(
+            f"model.classes={config.model.classes}, but data.path has {what} as labels; set model.classes={found}"
+        )
     return loader

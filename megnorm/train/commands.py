@@ -11,6 +11,7 @@ import torch
 from megnorm import config as configs
 from megnorm.hf.families.registry import choose
 from megnorm.kernels import backends, check, libraries, registry
+from megnorm.models.count import active_parameters
 from megnorm.parallel.schedule import simulate
 from megnorm.parallel.schedule_text import draw
 from megnorm.plan import Plan, make_plan
@@ -51,24 +52,39 @@ def describe(plan: Plan) -> str:
     climb = (
         f", batches from {ramp.start} by {ramp.increment} over the first {ramp.samples} samples" if ramp.start else ""
     )
+    stacks = f"{m.source_layers} encoder and {m.layers} decoder layers" if m.source_layers else f"{m.layers} layers"
     lines = [
         f"scheme          {plan.resolved.scheme}, {m.norm.kind}",
-        f"model           {m.layers} layers, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
+        f"model           {stacks}, width {m.width}, {m.heads} heads ({m.kv} kv) of {m.hd}",
         f"feed-forward    {m.ffn} {m.activation}",
+        *describe_experts(plan),
         f"vocabulary      {m.vocab_size}, stored as {plan.padded_vocab}; head {'tied' if m.tied_head else 'untied'}",
         f"parameters      {plan.parameters:,}",
         *(f"  {role:<14}{count:,}" for role, count in sorted(plan.parameters_by_role.items(), key=lambda x: -x[1])),
         f"ranks           {plan.world}: tp {config.parallel.tp} x pp {config.parallel.pp} x dp {plan.dp}"
+        + (f" of which {config.parallel.ep} share the experts" if config.parallel.ep > 1 else "")
         + (", sequence parallel" if plan.sequence_parallel else ""),
-        f"step            {config.train.global_batch} sequences of {config.train.sequence_length}: {plan.tokens_per_step:,} "
+        f"step            {config.train.global_batch} sequences of {plan.tokens_per_sample}: {plan.tokens_per_step:,} "
         f"tokens in {plan.micro_batches} micro-batches a rank, {config.train.precision}",
-        f"run             {t.steps} steps, {t.consumed_after(t.steps) * t.sequence_length:,} tokens{climb}",
+        f"run             {t.steps} steps, {t.consumed_after(t.steps) * plan.tokens_per_sample:,} tokens{climb}",
         f"folder          {config.train.out}",
         f"Hugging Face    {native_target(plan)}",
     ]
     if config.parallel.pp > 1:
         lines += describe_pipeline(plan)
     return "\n".join([*lines, *(f"warning         {warning}" for warning in plan.warnings)])
+
+
+def describe_experts(plan: Plan) -> list[str]:
+    """Sparse layers and what of the parameters a token meets; nothing for a dense model."""
+    m = plan.config.model
+    if not m.moe.experts:
+        return []
+    shared = f" and one of {m.moe.shared_ffn} for all" if m.moe.shared_ffn else ""
+    return [
+        f"experts         {m.moe.experts} of {m.expert_ffn} in {m.sparse_layers} layers, a token takes {m.moe.top_k}{shared}; "
+        f"{active_parameters(m, plan.resolved):,} parameters are active"
+    ]
 
 
 def describe_pipeline(plan: Plan) -> list[str]:
@@ -91,6 +107,10 @@ def describe_pipeline(plan: Plan) -> list[str]:
 
 def native_target(plan: Plan) -> str:
     """The class that ``megnorm convert --to hf`` would choose."""
+    if plan.config.model.family != "causal":
+        return f"no class for model.family={plan.config.model.family} yet"
+    if plan.config.model.moe.experts:
+        return "none (model.moe)"
     family, _ = choose(plan.config.model, plan.resolved)
     return family.architecture if family else "MegnormForCausalLM (code travels with the model)"
 

@@ -120,7 +120,7 @@ class TrainConfig:
     recompute: activations that are computed again in backward instead of kept (docs/memory.md): "block" (everything but
     each block's input), or any of "attention" (all between the GEMMs of attention), "norms" (outputs of norms and head
     scales), "activations" (of the FFN), "projections" (outputs of W_o and W_down where a norm or a learned factor reads
-    them: a GEMM each). recompute_blocks: only in the first n blocks of each pipeline stage; None: in all.
+    them: a GEMM each). recompute_blocks: only in the first n blocks of each pipeline stage (of each stack in it); None: in all.
     check_replicas_every: steps between comparisons of what several ranks hold, made before every save too; 0: never.
     """
 

@@ -153,9 +153,11 @@ def _gradients(facts: list[Any]) -> str:
 
 
 def depth(name: str) -> int:
-    """Where a logical name stands in the order of the model: -1 before the blocks, then the block, then behind all."""
+    """Where a logical name stands in the order of the model: -1 before the blocks, then the block, then behind all of its
+    stack; the decoder's behind the encoder's."""
     block = re.match(r"(?:.*\.)?blocks\.(\d+)\.", name)
-    return int(block[1]) if block else -1 if name.startswith("embed.") else 1 << 30
+    place = int(block[1]) if block else -1 if re.match(r"(?:\w+\.)?embed\.", name) else 1 << 20
+    return place + ((1 << 21) if name.startswith(("decoder.", "head.")) else 0)
 
 
 def _largest(named: Sequence[Named], mesh: Mesh) -> str:
@@ -167,7 +169,9 @@ def _largest(named: Sequence[Named], mesh: Mesh) -> str:
             squares[i] = square(n.view(grad))
     all_reduce(squares, mesh.tp)
     top = int(squares.argmax())
-    facts = gathered([float(squares[top]), float(squares.sum()), named[top].name], mesh)
+    # Of experts there are fewer copies among the ranks than of all else, by which the sum is divided below.
+    copies = torch.tensor([mesh.ep.size if n.matrix.replicas == "edp" else 1 for n in named], device=mesh.device)
+    facts = gathered([float(squares[top]), float((squares * copies).sum()), named[top].name], mesh)
     total = sum(fact[1] for fact in facts) / (mesh.dp.size * mesh.tp.size)
     share, _, name = max(facts)
     return f"the largest gradient is that of {name}, {100 * share / max(total, 1e-300):.0f}% of the square of the norm"

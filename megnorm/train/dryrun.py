@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from megnorm.layers.env import Env
-from megnorm.models.causal import CausalLM
+from megnorm.models.build import FAMILIES, Model
 from megnorm.optim.muon import takes
 from megnorm.parallel.data_parallel import DataParallel
-from megnorm.parallel.layout import named_matrices
+from megnorm.parallel.layout import named_matrices, share_copies
 from megnorm.parallel.mesh import Axis, Mesh
 from megnorm.plan import Plan
 from megnorm.train.build import DTYPES, flatten, own_stages
@@ -44,7 +44,13 @@ def memory(plan: Plan) -> Iterator[Memory]:
     """Of every (pp, tp) place, pp outermost."""
     parallel, kv = plan.config.parallel, plan.config.model.kv
     replicas = max(1, parallel.tp // kv)
-    base = Mesh(dp=Axis("dp", plan.dp), device=META, sequence_parallel=plan.sequence_parallel)
+    base = Mesh(
+        dp=Axis("dp", plan.dp),
+        ep=Axis("ep", parallel.ep),
+        edp=Axis("edp", plan.dp // parallel.ep),
+        device=META,
+        sequence_parallel=plan.sequence_parallel,
+    )
     for pp in range(parallel.pp):
         for tp in range(parallel.tp):
             mesh = replace(
@@ -59,10 +65,12 @@ def memory(plan: Plan) -> Iterator[Memory]:
 def _place(plan: Plan, mesh: Mesh) -> Memory:
     compute = DTYPES[plan.config.train.precision]
     env = Env(mesh, torch.promote_types(compute, torch.float32))
+    m = plan.config.model
     stages = {
-        index: CausalLM(plan.config.model, plan.resolved, plan.padded_vocab, env, plan.stages[index])
+        index: FAMILIES[m.family](m, plan.resolved, plan.padded_vocab, env, plan.stages[index])
         for index in own_stages(plan, mesh)
     }
+    share_copies(stages.values())
     flat = flatten(plan, mesh, stages)
     lowered = env.dtype != compute
     held, moments = _shares(plan, flat, stages)
@@ -72,19 +80,23 @@ def _place(plan: Plan, mesh: Mesh) -> Memory:
     )
 
 
-def _shares(plan: Plan, flat: DataParallel, stages: dict[int, CausalLM]) -> tuple[np.ndarray, np.ndarray]:
+def _shares(plan: Plan, flat: DataParallel, stages: dict[int, Model]) -> tuple[np.ndarray, np.ndarray]:
     """By dp rank: elements of the ranges that it updates, and moments kept for them (none for padding)."""
-    parts = plan.dp if flat.shard else 1
-    edges = np.stack([np.linspace(b.start, b.stop, parts + 1, dtype=np.int64) for b in flat.buckets])
     muon = plan.config.optim.name == "muon"
     matrices = [(n.view(), 1 if muon and takes(n.matrix) else 2) for n in named_matrices(*stages.values())]
     starts, sizes, times = np.array(sorted((x.storage_offset(), x.numel(), kept) for x, kept in matrices)).T
     # Moments of what lies below a place in storage: 0, then rising through every matrix, level between them.
     places = np.stack([starts, starts + sizes], 1).ravel()
     below = np.repeat(np.concatenate([[0], (sizes * times).cumsum()]), 2)[1:-1]
-    covered = np.interp(edges, places, below).round().astype(np.int64)
-    held, moments = (np.diff(x, axis=1).sum(0) for x in (edges, covered))
-    return (held, moments) if flat.shard else (held.repeat(plan.dp), moments.repeat(plan.dp))
+    held, moments = np.zeros(plan.dp, np.int64), np.zeros(plan.dp, np.int64)
+    for bucket in flat.buckets:
+        parts = bucket.axis.size if flat.shard else 1
+        edges = np.linspace(bucket.start, bucket.stop, parts + 1, dtype=np.int64)
+        covered = np.interp(edges, places, below).round().astype(np.int64)
+        # A part of what edp ranks share is the same on the dp / edp neighbours, who hold as much of other experts.
+        for total, of_part in ((held, np.diff(edges)), (moments, np.diff(covered))):
+            total += of_part.repeat(plan.dp // parts)
+    return held, moments
 
 
 def table(plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 import time
 
 from megnorm.checkpoint.saver import Saver
+from megnorm.data.classes import ClassLoader
 from megnorm.metrics.sinks import Sinks
 from megnorm.metrics.throughput import flops_per_token, mfu, peak_flops
 from megnorm.train import state
@@ -12,6 +13,7 @@ from megnorm.train.guard import DivergedError, RewindError
 from megnorm.train.profile import Profile
 from megnorm.train.replicas import check_replicas
 from megnorm.train.rewind import rewind
+from megnorm.train.score import score
 from megnorm.train.signals import EXIT_STOPPED, StopRequest
 from megnorm.train.slow import Slow
 from megnorm.train.step import StepResult, evaluate, train_step
@@ -49,6 +51,8 @@ def fit(run: Run, saver: Saver, sinks: Sinks, watchdog: Watchdog, profile: Profi
         values = pace.values(result) if logs or result.probes else {}
         if run.valid_data is not None and (run.step == t.steps or (t.eval_every and run.step % t.eval_every == 0)):
             values |= {**judged(run), **({} if values else pace.values(result))}
+            if isinstance(run.valid_data, ClassLoader):
+                values |= {f"valid_{name}": value for name, value in score(run, run.valid_data).items()}
             pace.restart()
         if values:
             sinks.log(run.step, values)
@@ -106,18 +110,20 @@ class Pace:
         """The record of a step; starts the next interval."""
         seconds = time.perf_counter() - self.begin
         t = self.run.plan.config.train
-        rate = self.sequences * t.sequence_length / seconds
+        size = self.run.plan.tokens_per_sample
+        rate = self.sequences * size / seconds
         self.restart()
         return {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens": self.run.consumed * t.sequence_length,
+            "tokens": self.run.consumed * size,
             "tokens_per_second": rate,
             "mfu": mfu(rate, self.flops, self.peak),
             **({"loss_scale": self.run.scale.scale} if self.run.scale.scale != 1.0 else {}),
             **({"skipped": float(result.skipped)} if self.run.scale.scale != 1.0 or result.skipped else {}),
-            **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * t.sequence_length}),
+            **({} if t.batch_ramp.start is None else {"tokens_per_step": result.sequences * size}),
             **self.slow.values(),
+            **result.routing,
             **result.probes,
         }

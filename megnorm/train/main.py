@@ -34,7 +34,7 @@ from megnorm.train.text_units import TextUnits
 from megnorm.train.watchdog import Watchdog
 
 log = logging.getLogger("megnorm")
-MAY_CHANGE = ("dropout", "attention_dropout", "init")  # of ModelConfig, when a run goes on
+MAY_CHANGE = ("dropout", "attention_dropout", "label_smoothing", "init")  # of ModelConfig, when a run goes on
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,8 +169,8 @@ def _continued(record: dict[str, Any], config: configs.RunConfig, found: Path | 
             f"optim.name is {config.optim.name}, but {found} holds the state of {name}; keep it, or begin a new train.out "
             "with checkpoint.init_from"
         )
-    usual = configs.to_dict(configs.RunConfig())["model"]  # of keys that are younger than the checkpoint
-    before, now = {**usual, **record["config"]["model"]}, configs.to_dict(config)["model"]
+    now = configs.to_dict(config)["model"]
+    before = configs.to_dict(configs.RunConfig())["model"] | record["config"]["model"]  # of before an option was there
     for model in (before, now):  # where a plug-in lies is no part of the model: its numbers are in the checkpoint
         model["norm"] = {**model["norm"], "plugins": []}
     for key in ModelConfig.__dataclass_fields__:
@@ -208,7 +208,7 @@ def _announce(plan: Plan, run: Run, found: Path | None) -> None:
 
 def _tokens_a_step(plan: Plan) -> str:
     t = plan.config.train
-    first = "" if t.batch_ramp.start is None else f"{t.batch_ramp.start * t.sequence_length} to "
+    first = "" if t.batch_ramp.start is None else f"{t.batch_ramp.start * plan.tokens_per_sample} to "
     return f"{first}{plan.tokens_per_step} tokens a step"
 
 

@@ -14,23 +14,33 @@ from megnorm.checkpoint.folder import latest, read_manifest
 from megnorm.checkpoint.shard import Shard
 from megnorm.config import to_dict
 from megnorm.kernels.registry import Keeper
+from megnorm.layers.router import biases
 from megnorm.parallel.layout import Piece
 from megnorm.train import report
 from megnorm.train.build import Run, open_data
 
 log = logging.getLogger("megnorm")
 KEPT = "kernels"  # first part of the names of what kernels keep
+NEW = ("classifier.", "pooler.")
 
 
 def shards(run: Run, *, owned: bool) -> list[Shard]:
     """Weights (fp32 masters where they exist), moments, and what kernels keep; owned: only slices that this rank must write."""
-    kept = [] if owned and (run.mesh.dp.rank or run.mesh.tp.rank) else list(_kept(run))
-    return kept + [
+    found = [
         Shard(name, view, piece.named.matrix.shape, offset)
         for name, piece, tensor in _tensors(run)
-        if not owned or (piece.named.matrix.owner and (run.flat.shard or run.mesh.dp.rank == 0))
+        if not owned or (piece.named.matrix.owner and (run.flat.shard or _replica(run, piece) == 0))
         for offset, view in piece.boxes(tensor)
     ]
+    if not owned or run.mesh.dp.rank == run.mesh.tp.rank == 0:
+        found += [Shard.whole(name, bias) for name, bias in biases(*run.stages.values())]
+        found += _kept(run)
+    return found
+
+
+def _replica(run: Run, piece: Piece) -> int:
+    """Which of the ranks that hold the same slice for other tokens this one is."""
+    return run.mesh.axis(piece.named.matrix.replicas).rank
 
 
 def _tensors(run: Run) -> Iterator[tuple[str, Piece, Tensor]]:
@@ -105,6 +115,10 @@ def start_from(run: Run, source: Path) -> None:
         raise io.CheckpointError(f"checkpoint.init_from: {folder} holds no whole checkpoint; name another run")
     run.flat.wait_weights()
     weights = [shard for shard in shards(run, owned=False) if not shard.name.startswith(("optim.", f"{KEPT}."))]
+    if run.plan.config.model.family == "classifier":
+        there = set(io.available(path))
+        # A classifier begins as the encoder of a masked language model, with scores of its own.
+        weights = [shard for shard in weights if shard.name in there or not shard.name.startswith(NEW)]
     io.load(path, weights, verify=run.plan.config.checkpoint.verify, convert=True)
     run.flat.publish()
     log.info("weights from %s; optimizer, data and step start anew", path)

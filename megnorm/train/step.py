@@ -3,19 +3,21 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from megnorm.models.causal import Tokens
+from megnorm.layers import router
+from megnorm.models.build import Input
 from megnorm.optim.clip import clip_factor, global_norm
 from megnorm.optim.schedule import learning_rate
 from megnorm.parallel.collectives import all_reduce
 from megnorm.train.build import Run
 from megnorm.train.diagnose import explain
 from megnorm.train.guard import Trouble
-from megnorm.train.passes import forward_backward, global_tokens, loss_sum, micro_batches, own_rows, repeat
+from megnorm.train.passes import forward_backward, loss_sum, repeat
+from megnorm.train.rows import global_tokens, label_count, micro_batches, own_rows
 
 log = logging.getLogger("megnorm")
 
@@ -25,7 +27,8 @@ class StepResult:
     """loss: mean over the step's tokens, in nats. sequences: of the step, over all ranks. tokens: that had a loss.
 
     grad_norm: before clipping. skipped: the update was left out (fp16 overflowed, or train.guard said so). probes: by
-    name, on probed steps.
+    name, on probed steps. routing: of sparse layers, by name: their own losses, the load of the fullest expert over the
+    mean of its layer, the part of slots that was dropped.
     """
 
     loss: float
@@ -36,6 +39,7 @@ class StepResult:
     seconds: float
     skipped: bool
     probes: dict[str, float]
+    routing: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(run: Run) -> StepResult:
@@ -51,7 +55,10 @@ def train_step(run: Run) -> StepResult:
     batch = own_rows(run, run.train_data, run.consumed, sequences)
     tokens = global_tokens(run, batch)
     parts = list(micro_batches(batch, config.train, run.mesh.device))
+    stages = list(run.stages.values())
+    router.reset_loads(*stages)
     total = forward_backward(run, parts, tokens)
+    routing, loads = _routing(run)
     local = total.clone()
     for axis in (run.mesh.pp, run.mesh.dp):
         all_reduce(total, axis)
@@ -72,6 +79,7 @@ def train_step(run: Run) -> StepResult:
         run.guard.act(step, trouble, speak=run.mesh.rank == 0)
     elif not overflow:
         _update(run, norm, lr)
+        router.update_biases(loads, *stages)
     if config.train.precision == "fp16":
         run.scale.update(math.isfinite(norm))
     run.step, run.consumed = step, run.consumed + sequences
@@ -79,7 +87,20 @@ def train_step(run: Run) -> StepResult:
         run.flat.wait_weights()
     probes = run.observer.collect()
     skipped = overflow or trouble is not None
-    return StepResult(loss, sequences, tokens, norm, lr, time.perf_counter() - begin, skipped, probes)
+    return StepResult(loss, sequences, tokens, norm, lr, time.perf_counter() - begin, skipped, probes, routing)
+
+
+def _routing(run: Run) -> tuple[dict[str, float], torch.Tensor | None]:
+    """What sparse layers did in the passes of this step, and the loads of their experts; collective."""
+    if not run.plan.config.model.sparse_layers:
+        return {}, None
+    loads, extra = router.loads(run.mesh, *run.stages.values()), run.pipeline.extra.clone()
+    for axis in (run.mesh.pp, run.mesh.dp):
+        all_reduce(extra, axis)
+    found = {"routing_loss": float(extra), "fullest_expert": router.fullest(loads, run.mesh)}
+    if run.plan.config.model.moe.capacity is not None:
+        found["dropped"] = router.dropped(loads, run.mesh, *run.stages.values())
+    return found, loads
 
 
 def _update(run: Run, norm: float, lr: float) -> None:
@@ -91,7 +112,7 @@ def _update(run: Run, norm: float, lr: float) -> None:
     run.updates += 1
 
 
-def _explain(run: Run, trouble: Trouble, loss: float, parts: list[Tokens], tokens: int) -> None:
+def _explain(run: Run, trouble: Trouble, loss: float, parts: list[Input], tokens: int) -> None:
     """Say on rank 0 where the trouble came from; collective. loss: this rank's part of it."""
     t = run.plan.config.train
     first = run.consumed + run.mesh.dp.rank * (t.batch_at(run.consumed) // run.mesh.dp.size)
@@ -116,7 +137,7 @@ def evaluate(run: Run) -> float:
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for i in range(t.eval_batches):
         batch = own_rows(run, run.valid_data, i * t.global_batch, t.global_batch)
-        tokens = batch.loss_mask.sum(dtype=torch.float64).to(mesh.device)
-        sums += torch.stack([loss_sum(run, list(micro_batches(batch, t, mesh.device))), tokens])
+        parts = list(micro_batches(batch, t, mesh.device))
+        sums += torch.stack([loss_sum(run, parts), label_count(batch).to(mesh.device)])
     all_reduce(sums, mesh.dp)
     return float(sums[0] / sums[1].clamp_min(1.0))

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megnorm.data import tokenizer as tokenizers
+from megnorm.data.batch import Batch
 from megnorm.data.tokenizer import Tokenizer
 from megnorm.parallel.collectives import all_reduce
 from megnorm.train.build import Run
-from megnorm.train.passes import own_rows
+from megnorm.train.rows import own_rows
 
 
 class TextUnits:
@@ -42,6 +43,7 @@ class TextUnits:
         t, found = run.plan.config.train, torch.zeros(3, dtype=torch.float64)
         for i in range(t.eval_batches):
             batch = own_rows(run, run.valid_data, i * t.global_batch, t.global_batch)
+            assert isinstance(batch, Batch), "the plan refuses train.eval_units for other families"
             for column in range(batch.labels.shape[1]):
                 counted = batch.loss_mask[:, column] > 0
                 labels = batch.labels[counted, column].tolist()

@@ -15,7 +15,7 @@ from megnorm.parallel.layout import full_tensor, named_matrices
 from megnorm.parallel.mesh import Mesh
 from megnorm.plan import Plan, make_plan
 from megnorm.train.build import build_stages, flatten, mesh_of, open_data
-from megnorm.train.passes import micro_batches
+from megnorm.train.rows import micro_batches
 from tests.data.helpers import numbered
 from tests.distributed import cases
 from tests.distributed.pool import Pool

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from megnorm.config import RunConfig
-from megnorm.models.config import AttentionConfig, ModelConfig, RopeScaling
+from megnorm.data.config import DataConfig
+from megnorm.models.config import AttentionConfig, ModelConfig, MoEConfig, RopeScaling
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.config import ParallelConfig
@@ -50,6 +51,79 @@ FEATURED: dict[str, dict[str, Any]] = {
         "logit_scale": 2.0,
     },
 }
+# Other families, likewise: what is tied over which stages differs, and so do positions.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {
+        "family": "masked",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "tied_head": True,
+        "head_bias": True,
+        "segments": 2,
+        "head_transform": True,
+    },
+    "roberta": {
+        "family": "masked",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "padding_id": 1,
+        "relative_buckets": 8,
+        "relative_distance": 16,
+    },
+    "classifier": {
+        "family": "classifier",
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "segments": 2,
+        "classes": 3,
+        "relative_buckets": 8,
+        "relative_distance": 16,
+    },
+    "nmt": {
+        "family": "encdec",
+        "activation": "relu",
+        "positions": "sinusoidal",
+        "embedding_scale": "sqrt_width",
+        "bias": True,
+        "shared_embedding": True,
+        "tied_head": True,
+        "label_smoothing": 0.1,
+    },
+    "t5": {
+        "family": "encdec",
+        "activation": "geglu_tanh",
+        "positions": "none",
+        "relative_buckets": 8,
+        "relative_distance": 16,
+        "shared_embedding": True,
+    },
+    "bart": {
+        "family": "encdec",
+        "encoder_layers": 3,
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "tied_head": True,
+        "head_bias": True,
+    },
+}
+TASK = {"causal": "causal", "masked": "masked", "encdec": "spans", "classifier": "classes"}
+# Mixtures of experts, which between them have all that may interact with sharding.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "": {},
+    "dropless": {"experts": 4, "top_k": 2, "ffn": 24, "balance_loss": 0.3, "z_loss": 0.1},
+    "sigmoid": {
+        "experts": 4, "top_k": 3, "ffn": 16, "shared_ffn": 8, "score": "sigmoid", "normalize": True, "scale": 1.5,
+        "balance_loss": 0.3, "bias_rate": 0.05,
+    },
+    "capacity": {
+        "experts": 8, "top_k": 2, "ffn": 16, "capacity": 0.75, "balance_loss": 0.2, "balance_over": "micro_batch",
+        "z_loss": 0.1, "first": 1,
+    },
+}  # fmt: skip
 
 
 def schemes() -> list[str]:
@@ -65,20 +139,25 @@ def config(
     model: str = "llama",
     precision: str = "fp64",
     recompute: str = "",
+    moe: str = "",
     **parallel: Any,
 ) -> RunConfig:
     """A model of two layers or more (one for every stage), width 32, 4 heads and a vocabulary of 97, which no layout divides.
 
-    recompute: modes, with + between them.
+    recompute: modes, with + between them. moe: of MIXTURES.
     """
     name, options = OPTIONS.get(scheme, (scheme, {}))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
-    layers = max(layers, parallel.get("pp", 1) * parallel.get("virtual_stages", 1))
+    chosen = (MODELS | FEATURED | FAMILIES)[model]
+    family = chosen.get("family", "causal")
+    stages = parallel.get("pp", 1) * parallel.get("virtual_stages", 1)
+    layers = max(layers, -(-stages // 2) if family == "encdec" else stages)
     sizes = ModelConfig(layers=layers, width=32, heads=4, kv_heads=kv, ffn=48, vocab_size=97, max_positions=16)
     norm = NormConfig(name, options, kind=kind)  # type: ignore[arg-type]
     modes = tuple(recompute.split("+")) if recompute else ()
     return RunConfig(
-        model=replace(sizes, norm=norm, **{**MODELS, **FEATURED}[model]),
+        model=replace(sizes, norm=norm, moe=MoEConfig(**MIXTURES[moe]), **chosen),
+        data=DataConfig(task=TASK[family]),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
         train=TrainConfig(
             sequence_length=8,

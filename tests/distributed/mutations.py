@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megnorm.config import RunConfig
-from megnorm.layers import embedding, linear, loss, norm
+from megnorm.layers import dispatch, embedding, linear, loss, moe, norm, router
 from megnorm.norms.sites import STREAM_SITES, Placement, placement
 from megnorm.optim import clip
 from megnorm.parallel import collectives, data_parallel, pipeline
@@ -245,6 +245,63 @@ def _patched(target: Any, name: str, value: Any) -> Mutation:
     return lambda: mock.patch.object(target, name, value)
 
 
+@contextmanager
+def _experts_like_all_else() -> Iterator[None]:
+    """Gradients of experts are summed over dp, where ranks hold different ones."""
+    build = parity.build_stages
+
+    def broken(*args: Any) -> Any:
+        stages, rng = build(*args)
+        for param in (param for stage in stages.values() for param in stage.parameters()):
+            whole = tuple(replace(m, replicas="dp") for m in layout_of(param).matrices)
+            param.megnorm_layout = Layout(whole)  # type: ignore[attr-defined]
+        return stages, rng
+
+    with mock.patch.object(parity, "build_stages", broken):
+        yield
+
+
+@contextmanager
+def _experts_of_own_replica() -> Iterator[None]:
+    """Gradients of experts are not summed over the ranks that hold the same ones."""
+    axis = Mesh.axis
+    with mock.patch.object(Mesh, "axis", lambda self, name: Axis(name) if name == "edp" else axis(self, name)):
+        yield
+
+
+@contextmanager
+def _expert_bias_on_every_rank() -> Iterator[None]:
+    init = moe.ExpertLinear.__init__
+
+    def broken(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self.share = 1.0
+
+    with mock.patch.object(moe.ExpertLinear, "__init__", broken):
+        yield
+
+
+def _norm_without_other_experts(pieces: Any, mesh: Mesh, **options: Any) -> Tensor:
+    return clip.global_norm(pieces, replace(mesh, ep=Axis("ep")), **options)
+
+
+def _by_rank(self: Any, leaving: Tensor) -> None:
+    """Rows stay as they arrive, one rank's behind the other's, whatever expert they are for."""
+    MEET(self, leaving)
+    self.regroup = torch.arange(len(self.regroup))
+
+
+def _loads_of_own_tokens(mesh: Mesh, *models: Any) -> Tensor | None:
+    return LOADS(replace(mesh, dp=Axis("dp")), *models)
+
+
+MEET, LOADS = dispatch.Dispatch._meet, router.loads
+
+
+def _untouched(x: Tensor, axis: Axis) -> Tensor:
+    return x
+
+
 MUTATIONS: dict[str, Mutation] = {
     "head gains of q not summed": gradient_sum(r".*\.q_norm\.weight", None),
     "head gains of k not summed": gradient_sum(r".*\.k_norm\.weight", None),
@@ -282,4 +339,13 @@ MUTATIONS: dict[str, Mutation] = {
     "buckets summed before the last backward": _every_backward_is_reduced,
     "updated weights not gathered": _own_range_not_published,
     "a stage takes an old message": _messages_of_another_micro_batch,
+    "gradients of experts summed like all else": _experts_like_all_else,
+    "gradients of experts not summed": _experts_of_own_replica,
+    "expert bias on every rank": _expert_bias_on_every_rank,
+    "router weights not summed": gradient_sum(r".*\.router\.weight", None),
+    "gradients into experts not summed": _patched(moe, "copy_to", _untouched),
+    "balance of own tokens": _patched(router, "sum_from", _untouched),
+    "loads of own tokens": _patched(router, "loads", _loads_of_own_tokens),
+    "rows not regrouped by expert": _patched(dispatch.Dispatch, "_meet", _by_rank),
+    "clip norm of own experts": _patched(parity, "global_norm", _norm_without_other_experts),
 }

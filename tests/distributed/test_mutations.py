@@ -15,6 +15,7 @@ RED = 1e-6  # four orders above the tolerance of float64
 REPLICAS = {"scheme": "preln", "tp": 1, "dp": 2, "sequence_parallel": None}
 STAGES = {"scheme": "preln", "tp": 1, "pp": 2, "sequence_parallel": None}
 HYBRID = {"scheme": "hybridnorm", "tp": 2, "sequence_parallel": True, "kv": 2}
+EXPERTS = {**REPLICAS, "dp": 2, "ep": 2, "moe": "sigmoid"}
 SHOWN_BY: dict[str, dict[str, Any]] = {
     "head gains of q not summed": HYBRID,
     "head gains of k not summed": {**HYBRID, "sequence_parallel": False},
@@ -52,6 +53,15 @@ SHOWN_BY: dict[str, dict[str, Any]] = {
     "updated weights not gathered": {**REPLICAS},
     "tied embedding not summed over the ends": {**STAGES, "model": "gpt2"},
     "a stage takes an old message": {**STAGES},
+    "gradients of experts summed like all else": {**EXPERTS, "zero": 0},
+    "gradients of experts not summed": {**EXPERTS, "ep": 1},
+    "expert bias on every rank": {"scheme": "preln", "model": "gpt2", "moe": "sigmoid"},
+    "router weights not summed": {"scheme": "preln", "moe": "sigmoid"},
+    "gradients into experts not summed": {"scheme": "preln", "moe": "sigmoid", "sequence_parallel": False},
+    "balance of own tokens": {"scheme": "preln", "moe": "dropless"},
+    "loads of own tokens": EXPERTS,
+    "rows not regrouped by expert": EXPERTS,
+    "clip norm of own experts": {**EXPERTS, "zero": 0},
 }
 # the same mistake where it looks different
 MORE: list[tuple[str, dict[str, Any]]] = [
@@ -60,6 +70,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("residual scales not summed", {"scheme": "rezero"}),
     ("bias on every rank", {"scheme": "preln", "model": "gpt2", "sequence_parallel": False}),
     ("clip norm counts replicas", {"scheme": "preln", "kv": 1, "sequence_parallel": False}),
+    ("local statistics of inner", {"scheme": "normformer", "moe": "dropless"}),
 ]
 EVERY = [*SHOWN_BY.items(), *MORE]
 MEASURED: dict[str, parity.Difference] = {}  # one unbroken run serves all mutations of its case

@@ -51,13 +51,20 @@ SCHEMES = {
     "hybrid_dense__hybridnorm_star": "hybridnorm_star",
     "hybrid_dense__hybridnorm_star_eps": "hybridnorm_star",
     "hybrid_dense__": "hybridnorm_",
+    "hybrid_moe_hybridnorm": "hybridnorm",
+    "hybrid_moe_hybridnorm_star": "hybridnorm_star",
+    "hybrid_moe_pre_qk_pre": "hybridnorm_pre_qk_pre",
     "torchscale__decoder_deepnorm": "deepnorm",
     "torchscale__decoder_post_ln": "postln",
     "torchscale__decoder_pre_ln": "preln",
     "torchscale__decoder_subln": "subln",
+    "torchscale__encdec_deepnorm": "deepnorm",
+    "torchscale__encdec_subln": "subln",
+    "torchscale__encoder_deepnorm": "deepnorm",
+    "torchscale__encoder_subln": "subln",
 }
 NOT_COVERED = {
-    "encoder-only model", "encoder-decoder model", "mixture of experts", "several streams", "stop-gradient gate",
+    "several streams", "stop-gradient gate",
     "factors that move with the step", "weights projected after each step", "value residual", "Hugging Face folder",
 }  # fmt: skip
 
@@ -79,12 +86,12 @@ def test_golden(shared: Path, name: str) -> None:
 
 
 def test_every_kind_is_there(shared: Path) -> None:
-    """The expectations above are not vacuous: 56 of the shared goldens are of covered kinds."""
+    """The expectations above are not vacuous: 63 of the shared goldens are of covered kinds."""
     covered = 0
     for name in ALL:
         with contextlib.suppress(NotCovered):
             covered += isinstance(load(FOLDER / name), Case)
-    assert covered == 56
+    assert covered == 63
 
 
 @pytest.mark.parametrize("name", ["hybridnorm_star", "mix_ln", "first_qkv_pre", "kc_post", "pre_post"])
@@ -174,9 +181,51 @@ WRONG: list[tuple[str, str, Callable[[Case], Case]]] = [
         lambda c: replace(c, model=replace(c.model, activation="gelu_tanh")),
     ),
     (
+        "weights of experts that sum to 1",
+        "hybrid_moe_hybridnorm_star",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, normalize=True))),
+    ),
+    (
+        "another number of experts",
+        "hybrid_moe_pre_qk_pre",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, top_k=3))),
+    ),
+    (
+        "experts without room for all tokens",
+        "hybrid_moe_hybridnorm",
+        lambda c: replace(c, model=replace(c.model, moe=replace(c.model.moe, capacity=0.8))),
+    ),
+    (
         "rotary theta",
         "frontier/mixln_pre",
         lambda c: replace(c, model=replace(c.model, rope_theta=9000.0)),
+    ),
+    (
+        "padding of an encoder",
+        "torchscale__encoder_subln_padded",
+        lambda c: replace(c, real=None),
+    ),
+    (
+        "distances of the position bias",
+        "torchscale__encoder_deepnorm_relbias_padded",
+        lambda c: replace(c, model=replace(c.model, relative_distance=32)),
+    ),
+    (
+        "the alpha of one stack in both",
+        "torchscale__encdec_deepnorm",
+        lambda c: with_norm(c, options={"skip": 2.0}),
+    ),
+    (
+        "the projections of cross-attention exchanged",
+        "torchscale__encdec_subln",
+        lambda c: exchanged(
+            c, "decoder.blocks.0.cross_attention.k.weight", "decoder.blocks.0.cross_attention.v.weight"
+        ),
+    ),
+    (
+        "norms on cross-attention like attention's",
+        "torchscale__encdec_deepnorm",
+        lambda c: patched(c, cross_attention={"post": {}, "residual": {"skip": {"value": 1.0}}}),
     ),
 ]
 
@@ -242,7 +291,12 @@ TP_NAMES = [
     "frontier/xt_qk_norm_dim_scale",
     "hybrid_dense__hybridnorm_layernorm_bias",
     "hybrid_dense__qkvc_post",
+    "hybrid_moe_hybridnorm_star",
     "torchscale__decoder_subln",
+    "torchscale__encdec_deepnorm",
+    "torchscale__encdec_subln",
+    "torchscale__encoder_deepnorm_relbias_padded",
+    "torchscale__encoder_subln_padded",
 ]
 
 DEEPER = "hybrid_dense__mix_ln"  # 4 layers
@@ -262,6 +316,14 @@ def pp_without_ends(rank: int, world: int, folder: str, name: str) -> tuple[floa
     mesh = replace(mesh_of(case, 1, world), ends=Axis("ends"))
     errors = run(case, mesh)
     return errors.logits, errors.gradients["embed.token.weight"]
+
+
+def pp_without_ties(rank: int, world: int, folder: str, name: str) -> tuple[float, float]:
+    """The stages of a position bias each keep their own gradient of it."""
+    case = load(Path(folder) / f"{name}.json")
+    mesh = mesh_of(case, 1, world)
+    errors = run(case, replace(mesh, ties={name: Axis(name) for name in mesh.ties}))
+    return errors.logits, errors.gradients["relative.weight"]
 
 
 def tp_without_reduction(rank: int, world: int, folder: str, name: str) -> tuple[float, float]:
@@ -300,6 +362,12 @@ def test_more_stages_than_layers_are_not_covered(shared: Path, ranks: Callable[[
 
 def test_a_tied_gradient_of_one_end_fails(shared: Path, ranks: Callable[[int], Any]) -> None:
     for logits, gradient in ranks(2).run(pp_without_ends, str(FOLDER), "hybrid_dense__hybridnorm"):
+        assert logits < 1e-10
+        assert gradient > 1e-3
+
+
+def test_a_position_bias_of_one_stage_fails(shared: Path, ranks: Callable[[int], Any]) -> None:
+    for logits, gradient in ranks(2).run(pp_without_ties, str(FOLDER), "torchscale__encoder_deepnorm_relbias_padded"):
         assert logits < 1e-10
         assert gradient > 1e-3
 

@@ -10,9 +10,9 @@ from megnorm.layers import loss
 from megnorm.parallel.mesh import Axis
 
 
-@given(st.integers(1, 9), st.integers(2, 40), st.integers(0, 5), st.integers(1, 64))
-def test_values_and_gradients(tokens: int, vocab: int, padding: int, chunk: int) -> None:
-    """Padding columns have no part, ignored labels no gradient, whatever the chunk."""
+@given(st.integers(1, 9), st.integers(2, 40), st.integers(0, 5), st.integers(1, 64), st.sampled_from((0.0, 0.1, 0.7)))
+def test_values_and_gradients(tokens: int, vocab: int, padding: int, chunk: int, smoothing: float) -> None:
+    """Padding columns have no part, ignored labels no gradient, whatever the chunk; smoothing is torch's."""
     generator = torch.Generator().manual_seed(tokens * 1000 + vocab)
     logits = 4 * torch.randn(tokens, vocab + padding, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, vocab, (tokens,), generator=generator)
@@ -21,9 +21,11 @@ def test_values_and_gradients(tokens: int, vocab: int, padding: int, chunk: int)
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss.CHUNK, "cpu", chunk)
-        got = (loss.cross_entropy(mine, labels, 0, vocab, Axis("tp")) * weights).sum()
+        losses = loss.cross_entropy(mine, labels, 0, vocab, Axis("tp"), smoothing=smoothing, vocab_size=vocab)
+        got = (losses * weights).sum()
         got.backward()
-    wanted = (F.cross_entropy(theirs[:, :vocab], labels, reduction="none") * weights).sum()
+    each = F.cross_entropy(theirs[:, :vocab], labels, reduction="none", label_smoothing=smoothing)
+    wanted = (each * weights).sum()
     wanted.backward()
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)

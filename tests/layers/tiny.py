@@ -47,7 +47,8 @@ class Model:
     def forward(self, micro_batch: int, batch: Tokens, step: int = 0) -> Tensor:
         mesh = self.net.env.mesh
         self.rng.begin(7, step, micro_batch, mesh.dp.rank, mesh.tp.rank)
-        loss: Tensor = self.net(batch)
+        given = self.net(batch)
+        loss: Tensor = sum(given) if isinstance(given, tuple) else given
         return loss
 
     def grads(self) -> dict[str, Tensor]:

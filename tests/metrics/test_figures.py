@@ -173,3 +173,14 @@ def test_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.run_compare(parser.parse_args([*runs, "--out", str(out)])) == 0
     printed = capsys.readouterr().out
     assert all(run in printed for run in runs) and is_png(out)
+
+
+def test_layers_of_two_stacks_are_counted_through() -> None:
+    names = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "decoder.layer.0", "decoder.layer.1"]
+    row = {
+        "step": 1.0,
+        "grad_norm/encoder.final_norm.weight": 1.0,
+        **{f"grad_norm/{name}": 1.0 for name in names[::-1]},
+    }
+    found = plots.layers_of(Record("two", (row,)), "grad_norm")
+    assert found == {i: f"grad_norm/{name}" for i, name in enumerate(names)}

@@ -20,6 +20,14 @@ class Sizes:
     ffn: int
     vocab_size: int
     gated: bool
+    source_layers: int = 0
+
+    @property
+    def head_weights(self) -> int:
+        return self.width * self.vocab_size
+
+    def ffn_weights(self, layer: int) -> int:
+        return (3 if self.gated else 2) * self.width * self.ffn
 
 
 def test_gpt2_small_by_hand() -> None:
@@ -32,6 +40,13 @@ def test_grouped_queries_and_gates_by_hand() -> None:
     sizes = Sizes(2, 64, 4, 2, 32, 96, 100, gated=True)
     layer = 64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 96 + 2 * 10 * 128
     assert flops_per_token(sizes, 10) == 6 * (2 * layer + 64 * 100)
+
+
+def test_two_stacks_by_hand() -> None:
+    """Three encoder layers, and two decoder layers that read the encoder's output too."""
+    sizes = Sizes(2, 64, 4, 2, 32, 96, 100, gated=True, source_layers=3)
+    attention = 64 * 128 + 2 * 64 * 64 + 128 * 64 + 2 * 10 * 128
+    assert flops_per_token(sizes, 10) == 6 * (5 * (attention + 3 * 64 * 96) + 2 * attention + 64 * 100)
 
 
 @given(kv=st.sampled_from([1, 2, 4]), gated=st.booleans(), s=st.sampled_from([8, 16]), layers=st.integers(1, 2))

@@ -23,7 +23,8 @@ GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": 
 class Model:
     """Named tensors, and what the equations do with them. ``used`` collects the names that were read.
 
-    kind, eps, one_plus: of every norm but those that an equation fixes. rope_theta None: no positions at all.
+    kind, eps, one_plus: of every norm but those that an equation fixes. rope_theta None: no positions at all. moe: options
+    of layers that have a router. ``extra`` adds up their own losses, those of a sequence as often as it has tokens.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Model:
         kind: str = "rmsnorm",
         eps: float = 1e-5,
         one_plus: bool = False,
+        moe: Mapping[str, Any] | None = None,
     ) -> None:
+        self.moe, self.extra = moe or {}, torch.zeros((), dtype=torch.float64)
         self.weights, self.used = weights, set[str]()
         self.L, self.l = layers, 0
         self.h, self.kv, self.hd = heads, kv_heads, head_dim
@@ -149,13 +152,50 @@ class Model:
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     def F(self, u: Tensor, *, inner: bool = False) -> Tensor:
-        """Feed-forward, gated if the activation is; inner: a norm before W_down."""
+        """Feed-forward, gated if the activation is; inner: a norm before W_down. Of experts where there is a router."""
+        router = self.get(f"blocks.{self.l - 1}.ffn.router.weight")
+        if router is not None:
+            return self.mixture(u, router, inner)
+        return self.dense("ffn", u, inner)
+
+    def dense(self, path: str, u: Tensor, inner: bool) -> Tensor:
         if self.activation in GATES:
             act = ACTIVATIONS[GATES[self.activation]]
-            y = act(self.linear("ffn.gate", u)) * self.linear("ffn.up", u)
+            y = act(self.linear(f"{path}.gate", u)) * self.linear(f"{path}.up", u)
         else:
-            y = ACTIVATIONS[self.activation](self.linear("ffn.up", u))
-        return self.linear("ffn.down", self.N("ffn.inner_norm", y) if inner else y)
+            y = ACTIVATIONS[self.activation](self.linear(f"{path}.up", u))
+        return self.linear(f"{path}.down", self.N(f"{path}.inner_norm", y) if inner else y)
+
+    def mixture(self, u: Tensor, router: Tensor, inner: bool) -> Tensor:
+        """Token by token: the experts of the largest scores, as long as they have room in the token's sequence."""
+        o, experts = self.moe, len(router)
+        k, rows = o["top_k"], []
+        for sequence in u:
+            s, room = len(sequence), [math.inf] * experts
+            if o.get("capacity") is not None:
+                room = [math.ceil(o["capacity"] * k * s / experts)] * experts
+            out, taken, means = [], [0] * experts, torch.zeros(experts, dtype=u.dtype)
+            squares = torch.zeros((), dtype=u.dtype)
+            for x in sequence:
+                logits = router @ x
+                scores = logits.exp() / logits.exp().sum() if o.get("score") != "sigmoid" else 1 / (1 + (-logits).exp())
+                chosen = sorted(range(experts), key=(-scores.detach()).tolist().__getitem__)[:k]
+                weights = [scores[e] / (sum(scores[c] for c in chosen) if o.get("normalize") else 1) for e in chosen]
+                y = torch.zeros_like(x)
+                for e, weight in zip(chosen, weights, strict=True):
+                    if taken[e] < room[e]:
+                        y = y + o.get("scale", 1.0) * weight * self.dense(f"ffn.experts.{e}", x, inner)
+                    taken[e] += 1
+                means, squares = means + scores / scores.sum() / s, squares + logits.exp().sum().log() ** 2 / s
+                out.append(y + self.dense("ffn.shared", x, inner) if o.get("shared_ffn") else y)
+            rows.append(torch.stack(out))
+            balance = experts * sum(n / (k * s) * means[e] for e, n in enumerate(taken))
+            own = o.get("balance_loss", 0.0) * balance + o.get("z_loss", 0.0) * squares
+            self.extra = self.extra + s * own / self.sparse_layers()
+        return torch.stack(rows)
+
+    def sparse_layers(self) -> int:
+        return sum(name.endswith("router.weight") for name in self.weights)
 
     # ends
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megnorm.layers.env import Env
 from megnorm.models.causal import Tokens, build_model
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.layout import named_matrices
@@ -74,14 +74,15 @@ def randomize(model: torch.nn.Module) -> None:
             view.copy_(0.4 + 1.2 * noise)
 
 
-def compare(norm: NormConfig, layers: int = 5, one_plus: bool = False, **changes: Any) -> None:
+def compare(norm: NormConfig, layers: int = 5, moe: dict[str, Any] | None = None, **changes: Any) -> None:
     sizes = {"layers": layers, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn": 40, "vocab_size": 50}
-    cfg = ModelConfig(**(sizes | changes), norm=norm)
+    cfg = ModelConfig(**(sizes | changes), norm=norm, moe=MoEConfig(**(moe or {})))
     model = build_model(cfg, Env(dtype=torch.float64), vocab_multiple=1)
     randomize(model)
     tokens = torch.randint(cfg.vocab_size, (2, 7), generator=torch.Generator().manual_seed(3))
     labels = tokens.roll(-1, 1)
-    loss = model(Tokens(tokens.t(), labels.t(), torch.ones(7, 2, dtype=torch.float64)))
+    given = model(Tokens(tokens.t(), labels.t(), torch.ones(7, 2, dtype=torch.float64)))
+    loss = sum(given) if isinstance(given, tuple) else given
     loss.backward()
 
     weights = {named.name: named.view().clone().requires_grad_() for named in named_matrices(model)}
@@ -95,17 +96,21 @@ def compare(norm: NormConfig, layers: int = 5, one_plus: bool = False, **changes
         kind=norm.kind,
         eps=norm.eps,
         one_plus=norm.gain == "one_plus",
+        moe=moe,
     )
     logits = reference_forward(norm.scheme, judge, tokens, **norm.options)
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") + judge.extra
     expected.backward()
 
-    assert judge.used == set(weights), "parameters that the equations do not know, or the model does not have"
+    idle = {name for name in set(weights) - judge.used if ".experts." in name}  # nobody chose them
+    assert judge.used | idle == set(weights), "parameters that the equations do not know, or the model does not have"
+    assert moe is None or len(idle) < len([name for name in weights if ".experts." in name])
     torch.testing.assert_close(model.logits(tokens.t()).transpose(0, 1), logits.detach(), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-10, atol=0.0)
-    total = sum(float(w.grad.square().sum()) for w in weights.values()) ** 0.5
+    grads = {name: torch.zeros_like(weight) if name in idle else weight.grad for name, weight in weights.items()}
+    total = sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
     for named in named_matrices(model):
-        wanted = weights[named.name].grad
+        wanted = grads[named.name]
         got = named.view(named.param.grad)
         error = float((got - wanted).norm()) / max(float(wanted.norm()), 1e-3 * total)
         assert error < 1e-6, f"gradient of {named.name}: relative error {error:.1e}"
@@ -140,6 +145,28 @@ def test_norm_kinds_are_their_equations(name: str, kind: dict[str, Any]) -> None
 
 def test_layernorm_with_biases_everywhere() -> None:
     compare(NormConfig("normformer", kind="layernorm"), layers=2, bias=True, activation="gelu", tied_head=True)
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "plain": {"experts": 4, "top_k": 2, "ffn": 12},
+    "capacity": {"experts": 4, "top_k": 2, "ffn": 12, "capacity": 0.6, "balance_loss": 0.3},
+    "sigmoid": {
+        "experts": 3, "top_k": 2, "ffn": 12, "score": "sigmoid", "normalize": True, "scale": 1.7, "shared_ffn": 8,
+        "balance_loss": 0.2, "z_loss": 0.1,
+    },
+    "every other layer": {"experts": 4, "top_k": 1, "first": 1, "every": 2, "z_loss": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moe", EXPERTS)
+@pytest.mark.parametrize("name", ["preln", "postln", "deepnorm", "normformer", "hybridnorm_star", "sandwich"])
+def test_schemes_of_experts_are_their_equations(name: str, moe: str) -> None:
+    """Tokens that no expert takes included: their branch is 0, and the scheme's equation holds."""
+    compare(NormConfig(name, kind="layernorm" if moe == "capacity" else "rmsnorm"), layers=3, moe=EXPERTS[moe])
+
+
+def test_experts_with_biases() -> None:
+    compare(NormConfig("normformer"), layers=2, moe=EXPERTS["capacity"], bias=True, activation="gelu")
 
 
 def test_the_comparison_bites() -> None:

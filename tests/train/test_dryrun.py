@@ -46,6 +46,8 @@ def test_the_fullest_rank_of_175b_is_not_10_percent_above_the_mean_of_its_stage(
         {"pp": 2, "dp": 2, "schedule": "interleaved", "virtual_stages": 2},
         {"tp": 4, "dp": 2, "kv": 2, "model": "fairseq"},
         {"dp": 3, "zero": 0},
+        {"dp": 4, "ep": 2, "tp": 2, "moe": "sigmoid"},
+        {"dp": 4, "ep": 2, "pp": 2, "moe": "capacity", "zero": 0},
     ],
     ids=str,
 )
@@ -68,6 +70,8 @@ def test_it_is_what_ranks_hold(layout: dict[str, Any], precision: str, optimizer
                 dp=Axis("dp", plan.dp, rank),
                 tp=Axis("tp", base.parallel.tp, place.tp),
                 kv=Axis("kv", replicas, place.tp % replicas),
+                ep=Axis("ep", base.parallel.ep, rank % base.parallel.ep),
+                edp=Axis("edp", plan.dp // base.parallel.ep, rank // base.parallel.ep),
                 sequence_parallel=plan.sequence_parallel,
             )
             stages, _ = build_stages(plan, mesh)

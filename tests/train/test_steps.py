@@ -12,7 +12,7 @@ from megnorm.data.batch import Batch
 from megnorm.train import loop
 from megnorm.train.config import TrainConfig
 from megnorm.train.guard import DivergedError
-from megnorm.train.passes import micro_batches
+from megnorm.train.rows import micro_batches
 from megnorm.train.signals import EXIT_STOPPED
 from tests.train.tiny import losses, write_config, write_data
 

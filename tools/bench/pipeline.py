@@ -93,7 +93,7 @@ class Sleeper(nn.Module):
         self.index, self.count, self.seconds, self.ledger = index, count, seconds, ledger
         self.weight = nn.Parameter(torch.tensor(index + 2.0, dtype=torch.float64))
 
-    def edge(self, batch: Part) -> tuple[tuple[int, ...], torch.dtype]:
+    def edge(self, batch: Part, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
         return tuple(batch.x.shape), batch.x.dtype
 
     def forward(self, batch: Part, carry: Tensor | None) -> Tensor:

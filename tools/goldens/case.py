@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megnorm.config import RunConfig, from_dict, to_dict
 from megnorm.models.config import ModelConfig
+from megnorm.models.family import resolve_model
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
-from megnorm.norms.resolve import resolve, scheme_of
+from megnorm.norms.resolve import scheme_of
 from megnorm.plan import check_model, check_scheme
 
 
@@ -43,6 +44,7 @@ class Case:
     logits [b, s, v], loss (mean over predicted tokens): the reference's. logits_relative: errors of logits and loss are
     relative to max(1, largest magnitude), else absolute. zero: parameters that the reference lacks and that are zero
     here, so that they change nothing; their gradients are not compared. table: the reference's position table, or None.
+    source [b, s']: of an encoder-decoder. real [b, s] bool: False at padding of an encoder's tokens; None: there is none.
     """
 
     model: ModelConfig
@@ -57,6 +59,8 @@ class Case:
     logits_relative: bool
     zero: frozenset[str] = frozenset()
     table: Tensor | None = None
+    source: Tensor | None = None
+    real: Tensor | None = None
 
 
 def find(folder: Path) -> Iterator[Path]:
@@ -157,5 +161,5 @@ def from_yaml(text: str) -> ModelConfig:
     """The inverse of ``to_yaml``, checked as a run's config is."""
     model = from_dict(yaml.safe_load(text), "golden").model
     check_model(model)
-    check_scheme(model, resolve(model.norm, model.layers))
+    check_scheme(model, resolve_model(model))
     return model

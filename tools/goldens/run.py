@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,12 @@ from goldens.case import Case, NotCovered, from_yaml, to_yaml
 from megnorm.layers.embedding import full_logits
 from megnorm.layers.env import Env
 from megnorm.layers.rope import token_positions
-from megnorm.models.causal import CausalLM, Tokens, build_model
+from megnorm.models.build import Input, Model, build_model
+from megnorm.models.causal import Tokens
+from megnorm.models.config import ModelConfig
+from megnorm.models.encdec import EncoderDecoder, Pairs
+from megnorm.models.family import ties
+from megnorm.models.masked import MaskedTokens
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.layout import named_matrices, reduce_replicated_grads
 from megnorm.parallel.mesh import Mesh, build_mesh
@@ -39,22 +45,30 @@ class Errors:
 
 
 @functools.cache
-def _mesh(tp: int, pp: int, kv_heads: int) -> Mesh:
+def _mesh(tp: int, pp: int, kv_heads: int, tied: tuple[tuple[str, tuple[int, ...]], ...]) -> Mesh:
     cpu = torch.device("cpu")
-    return build_mesh(tp=tp, pp=pp, dp=1, kv_heads=kv_heads, device=cpu, sequence_parallel=tp > 1)
+    return build_mesh(tp=tp, pp=pp, dp=1, kv_heads=kv_heads, device=cpu, sequence_parallel=tp > 1, ties=dict(tied))
+
+
+def stages_of(model: ModelConfig, pp: int) -> list[tuple[int, int]]:
+    """[first, last) layers of each stage, in even shares."""
+    layers = model.layers + model.source_layers
+    ends = [i * layers // pp for i in range(pp + 1)]
+    return list(zip(ends, ends[1:], strict=False))
 
 
 def mesh_of(case: Case, tp: int, pp: int = 1) -> Mesh:
     """The mesh for a golden over all ranks. Raises NotCovered if it does not split over tp ranks or pp stages."""
     model = case.model
-    for name, size in (("heads", model.heads), ("ffn", model.ffn)):
+    for name, size in (("heads", model.heads), ("ffn", model.ffn), ("expert ffn", model.expert_ffn)):
         if size % tp:
             raise NotCovered(f"tp {tp} does not divide {name} {size}")
     if model.kv % tp and tp % model.kv:
         raise NotCovered(f"tp {tp} and kv_heads {model.kv} do not divide each other")
-    if model.layers < pp:
-        raise NotCovered(f"pp {pp} asks for a layer each, of {model.layers}")
-    return _mesh(tp, pp, model.kv)
+    layers = model.layers + model.source_layers
+    if layers < pp:
+        raise NotCovered(f"pp {pp} asks for a layer each, of {layers}")
+    return _mesh(tp, pp, model.kv, tuple(sorted(ties(model, stages_of(model, pp), pp).items())))
 
 
 def run(case: Case, mesh: Mesh | None = None) -> Errors:
@@ -65,8 +79,8 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
     """
     mesh = mesh or Mesh()
     config, pp = from_yaml(to_yaml(case.model)), mesh.pp
-    ends = [i * config.layers // pp.size for i in range(pp.size + 1)]
-    stage = build_model(config, Env(mesh=mesh, dtype=case.dtype), seed=0, layers=(ends[pp.rank], ends[pp.rank + 1]))
+    layers = stages_of(config, pp.size)[pp.rank]
+    stage = build_model(config, Env(mesh=mesh, dtype=case.dtype), seed=0, layers=layers)
     load(stage, case, mesh)
     parts, count = _parts(case, mesh)
     logits = _logits(stage, parts, mesh)[: case.tokens.shape[1]].transpose(0, 1)
@@ -87,12 +101,12 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
 class _ToLogits:
     """A stage for the executor: forward alone, the last one keeps the logits [s, b, v] of every micro-batch."""
 
-    def __init__(self, stage: CausalLM) -> None:
+    def __init__(self, stage: Model) -> None:
         self.stage, self.edge = stage, stage.edge
         self.found: list[Tensor] = []
 
-    def __call__(self, batch: Tokens, carry: Tensor | None) -> Tensor:
-        x = self.stage.hidden(batch.tokens, batch.positions, carry=carry)
+    def __call__(self, batch: Any, carry: Tensor | None) -> Tensor:
+        x = self.stage.states(batch, carry)
         if not self.stage.last:
             return x
         self.found.append(full_logits(self.stage.head(x), self.stage.head, self.stage.cfg.vocab_size))
@@ -100,14 +114,14 @@ class _ToLogits:
 
 
 @torch.no_grad()
-def _logits(stage: CausalLM, parts: list[Tokens], mesh: Mesh) -> Tensor:
+def _logits(stage: Model, parts: list[Input], mesh: Mesh) -> Tensor:
     """[s, b, v] on every rank."""
     forward = _ToLogits(stage)
     Pipeline({mesh.pp.rank: forward}, mesh).run(forward_only(mesh.pp.size, 1, len(parts)), parts)
     return torch.cat(gather_objects(forward.found, mesh.pp)[-1], 1)
 
 
-def load(stage: CausalLM, case: Case, mesh: Mesh) -> None:
+def load(stage: Model, case: Case, mesh: Mesh) -> None:
     """Fill every logical matrix from the golden. Raises ValueError, on every rank of the pipeline, if one is left over,
     missing or of other shape."""
     problem, taken = _fill(stage, case)
@@ -121,7 +135,7 @@ def load(stage: CausalLM, case: Case, mesh: Mesh) -> None:
         raise ValueError(f"the golden's '{min(left)}' has no place in the model ({len(left)} such)")
 
 
-def _fill(stage: CausalLM, case: Case) -> tuple[str, set[str]]:
+def _fill(stage: Model, case: Case) -> tuple[str, set[str]]:
     """What is wrong ("" for nothing), and which of the golden's weights this stage has taken."""
     taken: set[str] = set()
     for named in named_matrices(stage):
@@ -141,12 +155,13 @@ def _fill(stage: CausalLM, case: Case) -> tuple[str, set[str]]:
     return _take_table(stage, case.table) if case.table is not None and stage.first else "", taken
 
 
-def _take_table(stage: CausalLM, table: Tensor) -> str:
+def _take_table(stage: Model, table: Tensor) -> str:
     """Put the reference's constant position table in place of the model's, which must be the same to fp32 rounding.
 
     fairseq computes angles in fp32, whose rounding grows with the position and depends on the machine. Returns what is
     wrong.
     """
+    assert not isinstance(stage, EncoderDecoder), "no encoder-decoder golden has a constant table"
     ours = getattr(stage.embed.position, "table", None)
     if ours is None or len(ours) < len(table):
         return "the golden has a position table that the model lacks"
@@ -157,29 +172,45 @@ def _take_table(stage: CausalLM, table: Tensor) -> str:
     return ""
 
 
-def _parts(case: Case, mesh: Mesh) -> tuple[list[Tokens], int]:
-    """The golden's sequences as micro-batches [s, 1], their tails filled to a multiple of tp (causal models do not see the
-    filling), and the number of tokens with a loss."""
-    tokens, labels = case.tokens.t(), case.labels.t()
-    fill = -len(tokens) % mesh.sp.size
-    positions = token_positions(tokens, case.model.padding_id)
-    padding = case.model.padding_id
-    tokens = torch.cat([tokens, tokens.new_full((fill, tokens.shape[1]), 0 if padding is None else padding)])
-    labels = torch.cat([labels, labels.new_full((fill, labels.shape[1]), -100)])
-    tail = positions.new_full((fill, *positions.shape[1:]), 0 if padding is None else -1)
-    mask, positions = labels != -100, torch.cat([positions, tail])
+def _parts(case: Case, mesh: Mesh) -> tuple[list[Input], int]:
+    """The golden's sequences as micro-batches [s, 1], and the number of tokens with a loss.
 
-    def column(x: Tensor, i: int) -> Tensor:
-        return x[:, i : i + 1].contiguous() if x.dim() == 2 else x
+    Tails are filled to a multiple of tp; causal models do not see the filling, and to encoders it is padding.
+    """
+    tokens, labels, padding = case.tokens.t(), case.labels.t(), case.model.padding_id
+    blank = 0 if padding is None else padding
+    positions = token_positions(tokens, padding)
+    tail = -1 if padding is not None else 0
+    tokens, labels, positions = (
+        _filled(tokens, mesh, blank),
+        _filled(labels, mesh, -100),
+        _filled(positions, mesh, tail),
+    )
+    mask = labels != -100
+    count, rows = int(mask.sum()), range(tokens.shape[1])
+    plain: list[Any] = [_columns(i, tokens, labels, mask.to(case.dtype)) for i in rows]
+    if case.model.family == "causal":
+        return [Tokens(*plain[i], *_columns(i, positions)) for i in rows], count
+    encoded = case.tokens if case.source is None else case.source
+    real = _filled((torch.ones_like(encoded, dtype=torch.bool) if case.real is None else case.real).t(), mesh, False)
+    if case.source is None:
+        return [
+            MaskedTokens(t, y, m, real=part) for (t, y, m), part in zip(plain, real.split(1, 1), strict=True)
+        ], count
+    source = _filled(case.source.t(), mesh, 0)
+    return [Pairs(*_columns(i, source, real), *plain[i]) for i in rows], count
 
-    parts = [
-        Tokens(column(tokens, i), column(labels, i), column(mask.to(case.dtype), i), column(positions, i))
-        for i in range(tokens.shape[1])
-    ]
-    return parts, int(mask.sum())
+
+def _filled(x: Tensor, mesh: Mesh, value: int) -> Tensor:
+    return torch.cat([x, x.new_full((-len(x) % mesh.sp.size, *x.shape[1:]), value)])
 
 
-def gradients(stage: CausalLM, mesh: Mesh) -> dict[str, Tensor]:
+def _columns(i: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The row i of each, or all of what is one for all rows."""
+    return tuple(x[:, i : i + 1].contiguous() if x.dim() == 2 else x for x in tensors)
+
+
+def gradients(stage: Model, mesh: Mesh) -> dict[str, Tensor]:
     """Whole logical gradients by canonical name, on every rank, put together from the slices that ranks own."""
     params = [param for param in stage.parameters() if param.requires_grad]
     for param in params:

@@ -1,0 +1,120 @@
+"""Beam search with an encoder-decoder: batched, with caches for self- and cross-attention; one beam is greedy decoding."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megnorm.layers.cache import Cache
+from megnorm.models.encdec import EncoderDecoder
+
+
+@dataclass(frozen=True)
+class Beam:
+    """start: first token of a decoder; end: the one that ends a sequence. size: hypotheses that are followed at a time.
+
+    length_penalty: a hypothesis counts with its log probability over its length (end included) to this power. longest: most
+    new tokens. cached: keep keys and values; without, every step computes all tokens anew.
+    """
+
+    start: int
+    end: int
+    size: int = 4
+    length_penalty: float = 1.0
+    longest: int = 128
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.longest < 1:
+            raise ValueError("a beam's size and its longest output must be at least 1")
+
+
+@dataclass
+class _Best:
+    """The ended hypotheses of one sentence, at most ``size``: (score, tokens without the end)."""
+
+    size: int
+    found: list[tuple[float, list[int]]] = field(default_factory=list)
+
+    def add(self, score: float, tokens: list[int]) -> None:
+        self.found = sorted([*self.found, (score, tokens)], key=lambda one: -one[0])[: self.size]
+
+    def settled(self, hope: float) -> bool:
+        """Whether there are enough of them, none worse than the best that may still come; one beam takes what it finds."""
+        return len(self.found) == self.size and (self.size == 1 or self.found[-1][0] >= hope)
+
+
+@torch.no_grad()
+def beam_search(model: EncoderDecoder, source: Tensor, real: Tensor | None, beam: Beam) -> list[list[int]]:
+    """The best hypothesis for each column of source [s, b], without start and end token. The model is in evaluation mode."""
+    if beam.longest > model.cfg.max_positions:
+        raise ValueError(
+            f"outputs of {beam.longest} tokens were asked for, and the model takes {model.cfg.max_positions}"
+        )
+    k, batch = beam.size, source.shape[1]
+    memory = model.encode(source, real).repeat_interleave(k, 1)
+    real = None if real is None else real.repeat_interleave(k, 1)
+    following = _Scorer(model, memory, real, beam)
+    device = memory.device
+    tokens = torch.full((1, batch * k), beam.start, device=device)
+    # In the beginning all hypotheses of a sentence are the same: the first alone counts.
+    scores = torch.full((batch, k), -torch.inf, dtype=torch.float64, device=device)
+    scores[:, 0] = 0.0
+    best = [_Best(k) for _ in range(batch)]
+    for length in range(1, beam.longest + 1):
+        logp = following(tokens).double().log_softmax(-1).view(batch, k, -1)
+        vocabulary = logp.shape[-1]
+        # Of 2k continuations at most k end, so that k go on.
+        top, place = (scores[..., None] + logp).flatten(1).topk(min(2 * k, k * vocabulary))
+        rows, scores = _go_on(tokens, top, place, vocabulary, best, beam, length)
+        if all(one.settled(_hope(scores[i], length, beam)) for i, one in enumerate(best)):
+            break
+        chosen, words = rows // vocabulary, rows % vocabulary
+        index = (chosen + torch.arange(batch, device=device)[:, None] * k).flatten()
+        tokens = torch.cat([tokens[:, index], words.view(1, -1)])
+        following.select(index)
+    else:
+        for i, one in enumerate(best):
+            if not one.found:
+                at = int(scores[i].argmax())
+                one.add(0.0, tokens[1:, i * k + at].tolist())
+    return [one.found[0][1] for one in best]
+
+
+def _go_on(
+    tokens: Tensor, top: Tensor, place: Tensor, vocabulary: int, best: list[_Best], beam: Beam, length: int
+) -> tuple[Tensor, Tensor]:
+    """Note the hypotheses that end; the places [b, k] and scores [b, k] of those that go on."""
+    k = beam.size
+    ends = place % vocabulary == beam.end
+    for i, rank in ends[:, :k].nonzero().tolist():
+        if top[i, rank] > -torch.inf:
+            row = i * k + int(place[i, rank]) // vocabulary
+            best[i].add(float(top[i, rank]) / length**beam.length_penalty, tokens[1:, row].tolist())
+    # The first k that do not end, in their order: a stable sort puts those that end behind.
+    order = ends.long().argsort(dim=1, stable=True)[:, :k]
+    scores = top.gather(1, order).masked_fill(ends.gather(1, order), -torch.inf)
+    return place.gather(1, order), scores
+
+
+def _hope(scores: Tensor, length: int, beam: Beam) -> float:
+    """The most that a hypothesis which goes on may still count: no further loss, at the length that favours it most."""
+    best = float(scores.max())
+    return best / (beam.longest if beam.length_penalty > 0 else length) ** beam.length_penalty
+
+
+class _Scorer:
+    """tokens [n, b k] -> scores [b k, v] of what follows them."""
+
+    def __init__(self, model: EncoderDecoder, memory: Tensor, real: Tensor | None, beam: Beam) -> None:
+        self.model, self.memory, self.real = model, memory, real
+        self.cache = Cache() if beam.cached else None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if self.cache is not None:
+            return self.model.step(tokens[-1], len(tokens) - 1, self.memory, self.real, self.cache)
+        return self.model.scores(tokens, self.memory, self.real)[-1]
+
+    def select(self, rows: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.select(rows)
