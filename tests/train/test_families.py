@@ -110,6 +110,9 @@ REFUSALS = {
     "spans too long": ("spans", ["train.sequence_length=32"], "longer than model.max_source_positions=24"),
     "padding by token": ("pairs", ["model.padding_id=0"], "only for causal and masked"),
     "experts in an encoder": ("masked", ["model.moe.experts=4"], "model.moe has no meaning for model.family=masked"),
+    "linear biases on both sides": ("masked", ["model.positions=alibi"], "model.positions=alibi looks back alone"),
+    "a window in two stacks": ("pairs", ["model.attention.window=4"], "model.attention.window looks back alone"),
+    "text of masked samples": ("masked", ["train.eval_units=true"], "train.eval_units reads samples as text"),
     "smoothing of everything": ("pairs", ["model.label_smoothing=1.0"], "must be in [0, 1)"),
 }
 
