@@ -144,9 +144,8 @@ def check(ranks: Callable[[int], Pool], folder: Path, scheme: str, pairs: Pairs,
             assert ids == truth[1], f"{layout} from {source}: other samples"
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(i, marks=() if i == 3 else pytest.mark.full) for i in range(len(SCHEMES))], ids=SCHEMES
-)
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
 def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
     """Every layout saves once and goes on once, in a ring of those that fall to a scheme."""
     layouts = TAKEN[number :: len(SCHEMES)]

@@ -22,6 +22,7 @@ from megnorm.train.state import shards
 from megnorm.train.step import train_step
 from tests.checkpoint import test_reshard
 from tests.distributed import cases, tiny
+from tests.marks import thinned
 from tools import parity
 
 SCHEMES = ("preln", "postln", "deepnorm", "normformer", "hybridnorm_star")
@@ -79,7 +80,7 @@ def named(case: dict[str, Any]) -> str:
     return "-".join(value for value in case.values() if value).replace(" ", "_")
 
 
-@pytest.mark.parametrize("case", FAST, ids=named)
+@pytest.mark.parametrize("case", thinned(FAST, 3), ids=named)
 def test_a_layout_is_serial(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, 2)
 
@@ -248,7 +249,8 @@ def probed(rank: int, world: int, config: RunConfig) -> dict[str, float]:
     return [train_step(run) for _ in range(2)][-1].probes
 
 
-@pytest.mark.parametrize("layout", ("ep2", *(pytest.param(x, marks=pytest.mark.full) for x in ("ep2 plain", "pp2"))))
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ("ep2", "ep2 plain", "pp2"))
 def test_probes_are_those_of_one_rank(ranks: Any, data: str, layout: str) -> None:
     """Norms of gradients, weights and updates by matrix, layer and role, whoever holds the experts."""
 

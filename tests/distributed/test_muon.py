@@ -26,6 +26,7 @@ from megnorm.train import state
 from megnorm.train.build import Run, build
 from megnorm.train.step import train_step
 from tests.distributed import tiny
+from tests.marks import thinned
 
 STEPS = 5
 MATRICES = tuple(f".{role}.weight" for role in muon.ROLES)
@@ -143,7 +144,10 @@ LARGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.full) for name in LARGE)])
+FAST = ("tp 2", "dp 2, sharded", "pp 2")
+
+
+@pytest.mark.parametrize("layout", thinned([*LAYOUTS, *LARGE], FAST.__contains__))
 def test_a_layout_changes_nothing(ranks: Any, data: str, layout: str) -> None:
     case = {**LAYOUTS, **LARGE}[layout]
     alone = serial(ranks, data, kv=case.get("kv", 2))
@@ -157,7 +161,7 @@ def test_rounds_change_nothing(ranks: Any, data: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "layout"),
-    [("fused q, k and v", "dp 2, sharded"), ("slices orthogonalized", "tp 2"), ("scale of slices", "tp 2")],
+    thinned([("fused q, k and v", "dp 2, sharded"), ("slices orthogonalized", "tp 2"), ("scale of slices", "tp 2")], 3),
 )
 def test_mistakes_are_seen(ranks: Any, data: str, change: str, layout: str) -> None:
     case = config(data, **{"dp": 1, **LAYOUTS[layout]})

@@ -7,6 +7,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.mutations import MUTATIONS, compare_broken
+from tests.marks import thinned
 from tools import parity
 
 RED = 1e-6  # four orders above the tolerance of float64
@@ -94,7 +95,7 @@ def test_every_mutation_is_shown() -> None:
     assert set(SHOWN_BY) == set(MUTATIONS)
 
 
-@pytest.mark.parametrize(("mutation", "case"), EVERY, ids=[f"{m} ({c['scheme']})" for m, c in EVERY])
+@pytest.mark.parametrize(("mutation", "case"), thinned(EVERY, 4), ids=[f"{m} ({c['scheme']})" for m, c in EVERY])
 def test_parity_sees_a_broken_build(ranks: Any, mutation: str, case: dict[str, Any]) -> None:
     broken = measure(ranks, case, mutation)
     assert broken.worst > RED, broken

@@ -27,6 +27,7 @@ from megnorm.train.build import Run, build
 from megnorm.train.config import TrainConfig
 from megnorm.train.step import train_step
 from tests.distributed import cases
+from tests.marks import thinned
 
 Event = tuple[Any, ...]  # what, and on which bucket, stage or unit
 STARTS = ("start_all_reduce", "start_reduce_scatter", "start_all_gather")
@@ -284,7 +285,8 @@ def memory_config(precision: str, **parallel: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dp"), [("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp32", 1), ("fp32", 4), ("fp16", 2), ("fp64", 2)]
+    ("precision", "dp"),
+    thinned([("bf16", 1), ("bf16", 2), ("bf16", 4), ("fp32", 1), ("fp32", 4), ("fp16", 2), ("fp64", 2)], 4),
 )
 def test_memory_of_zero_falls_as_the_formula_says(ranks: Any, precision: str, dp: int) -> None:
     config = memory_config(precision, dp=dp)

@@ -21,6 +21,7 @@ from megnorm.train.config import WatchdogConfig
 from megnorm.train.main import _fit
 from megnorm.train.signals import EXIT_STOPPED
 from tests.distributed import tiny
+from tests.marks import thinned
 
 STEPS = 6
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -34,12 +35,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 dp2 interleaved": {"pp": 2, "dp": 2, "schedule": "interleaved", "virtual_stages": 2},
     "pp4 uneven": {"pp": 4, "stage_layers": (1, 2, 1, 1)},
 }
-FAST = ("tp2 pp2", "pp2 dp2 interleaved")
+FAST = ("pp2 dp2 interleaved",)
 Lines = dict[int, dict[str, float]]
-
-
-def some_fast(*layouts: str) -> list[Any]:
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in layouts]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +106,7 @@ def assert_same(found: Lines, wanted: Lines, rel: float) -> None:
             assert found[step][name] == pytest.approx(value, rel=rel, abs=1e-12), f"step {step}: {name}"
 
 
-@pytest.mark.parametrize("layout", some_fast(*(name for name in LAYOUTS if name != "serial")))
+@pytest.mark.parametrize("layout", thinned((name for name in LAYOUTS if name != "serial"), FAST.__contains__))
 def test_losses_evaluations_and_probes_are_those_of_one_rank(record: Any, layout: str) -> None:
     serial = lines(record("serial"))
     assert list(serial) == list(range(1, STEPS + 1))
@@ -126,7 +123,7 @@ PROBED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", some_fast("pp2", "pp2 dp2 interleaved", "pp2 dp2 plain"))
+@pytest.mark.parametrize("layout", thinned(("pp2", "pp2 dp2 interleaved", "pp2 dp2 plain"), FAST.__contains__))
 def test_resume_on_the_same_layout_is_bitwise(ranks: Any, data: str, tmp_path: Path, layout: str) -> None:
     """In bf16 with dropout: masters, moments and random streams of every stage continue."""
     outs = [tmp_path / "whole", tmp_path / "parts"]

@@ -53,6 +53,7 @@ def test_resume_is_bit_for_bit(tmp_path: Path, prefix: Path, precision: str) -> 
     assert all(torch.equal(one[name], other[name]) for name in names)
 
 
+@pytest.mark.full
 def test_a_signal_saves_and_the_next_start_continues(tmp_path: Path, prefix: Path) -> None:
     config = write_config(tmp_path, prefix, train=_train(tmp_path, "run", steps=400), checkpoint={"every": 0})
     command = [sys.executable, "-m", "megnorm", "train", "--config", str(config)]
