@@ -44,6 +44,7 @@ from megnorm.train.build import build_stages, flatten, mesh_of
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 SGD_STEPS, SGD_RATE = 10, 0.05
 PARTS = 4  # micro-batches of a step over all data-parallel ranks, whatever the layout
+ALONE = 2  # where there are neither stages nor replicas, which share them
 
 
 @dataclass
@@ -74,8 +75,9 @@ class Difference:
         return max(self.loss, self.grad, self.norm, self.weight)
 
 
-def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
-    """Run ``steps`` SGD steps in the layout of ``mesh``: initial weights, losses, first gradients, last weights.
+def trace(plan: Plan, mesh: Mesh, steps: int, parts: int = PARTS) -> Trace:
+    """Run ``steps`` SGD steps of ``parts`` micro-batches in the layout of ``mesh``: initial weights, losses, first gradients,
+    last weights.
 
     Whole tensors are on the ranks of the first stage.
     """
@@ -98,7 +100,7 @@ def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
     grads: dict[str, Tensor] = {}
     norm = 0.0
     for step in range(steps):
-        losses.append(_forward_backward(plan, mesh, pipeline, flat, step))
+        losses.append(_forward_backward(plan, mesh, pipeline, flat, step, parts))
         if step == 0:
             norm = float(global_norm(flat.pieces, mesh, sharded=flat.shard))
             flat.gather_grads()
@@ -114,9 +116,9 @@ def trace(plan: Plan, mesh: Mesh, steps: int) -> Trace:
     return Trace(initial, losses, grads, norm, weights)
 
 
-def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataParallel, step: int) -> float:
+def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataParallel, step: int, count: int) -> float:
     """One step's global loss, with that of sparse layers; gradients end in flat storage, reduced as training reduces them."""
-    parts = [random_batch(plan.config, step, i) for i in range(PARTS)]
+    parts = [random_batch(plan.config, step, i) for i in range(count)]
     tokens = sum(float(part.loss_mask.sum()) for part in parts)
     own, parallel = parts[mesh.dp.rank :: mesh.dp.size], plan.config.parallel
     schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, len(own))
@@ -192,10 +194,12 @@ def _worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
 def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) -> Difference | None:
     """The body of a rank: both runs and their difference on rank 0. The default process group must be initialized."""
     plan = make_plan(config, world)
-    parallel = trace(plan, mesh_of(plan, torch.device("cpu")), steps)
+    mesh = mesh_of(plan, torch.device("cpu"))
+    parts = ALONE if mesh.pp.size == mesh.dp.size == 1 else PARTS
+    parallel = trace(plan, mesh, steps, parts)
     if rank != 0:
         return None
-    return compare(trace(make_plan(serial_of(config), 1), Mesh(), steps), parallel)
+    return compare(trace(make_plan(serial_of(config), 1), Mesh(), steps, parts), parallel)
 
 
 def serial_of(config: RunConfig) -> RunConfig:

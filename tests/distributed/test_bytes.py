@@ -20,6 +20,7 @@ from megnorm.plan import make_plan
 from megnorm.train.build import build_stages, flatten, mesh_of
 from tests.distributed import cases
 from tests.distributed.counter import Message, counting
+from tests.marks import thinned
 from tools import parity
 
 S, B, D = 8, 2, 32
@@ -217,7 +218,7 @@ def test_the_table_of_the_docs(ranks: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("tp", (2, 4))
+@pytest.mark.parametrize("tp", thinned((2, 4), 2))
 def test_messages_carry_the_same_bytes(ranks: Any, tp: int) -> None:
     """On the CPU: to each other rank of a gathered tensor this rank's share, of a scattered one that rank's share."""
     config = cases.config("preln", tp=tp, precision="fp32", keep_gathered=False)
