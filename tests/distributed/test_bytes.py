@@ -138,7 +138,7 @@ GATHERS = {True: 4, False: 6}
 
 
 @pytest.mark.parametrize("keep", (True, False))
-@pytest.mark.parametrize("scheme", ("preln", "postln", "hybridnorm", "sandwich"))
+@pytest.mark.parametrize("scheme", thinned(("preln", "postln", "hybridnorm", "sandwich"), 2))
 def test_a_layer_moves_the_stream_and_nothing_else(ranks: Any, scheme: str, keep: bool) -> None:
     """Two sub-layers: gather and scatter forward, gather and scatter backward; and a gather again of each input."""
     found, _ = per_layer(ranks, scheme, keep_gathered=keep)
@@ -161,7 +161,7 @@ STATISTICS = [
 ]
 
 
-@pytest.mark.parametrize(("scheme", "kind", "numbers"), STATISTICS)
+@pytest.mark.parametrize(("scheme", "kind", "numbers"), thinned(STATISTICS, 3))
 @pytest.mark.parametrize("keep", (True, False))
 def test_sharded_norms_add_their_statistics(
     ranks: Any, scheme: str, kind: str, numbers: dict[int, int], keep: bool

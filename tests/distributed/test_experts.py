@@ -227,6 +227,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("layout", "moe", "optimizer"), TRAINED)
 def test_training_is_that_of_one_rank(ranks: Any, data: str, layout: str, moe: str, optimizer: str) -> None:
     """Whatever the micro-batches: losses are means over sequences. Every slice is saved by one rank."""

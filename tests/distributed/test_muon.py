@@ -154,6 +154,7 @@ def test_a_layout_changes_nothing(ranks: Any, data: str, layout: str) -> None:
     assert difference(alone, run(ranks, config(data, **{"dp": 1, **case}))) <= 1e-10
 
 
+@pytest.mark.full
 def test_rounds_change_nothing(ranks: Any, data: str) -> None:
     case = config(data, tp=2, dp=2, bucket_mb=TINY)
     assert difference(serial(ranks, data), run(ranks, case, train, "many rounds")) <= 1e-10

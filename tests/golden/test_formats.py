@@ -251,7 +251,8 @@ def test_a_changed_weight_fails(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "1 passed, 1 failed, 0 not covered" in lines_of(capsys)
 
 
-@pytest.mark.parametrize("words", (["--tp", "2"], pytest.param(["--pp", "2"], marks=pytest.mark.full)))
+@pytest.mark.full
+@pytest.mark.parametrize("words", (["--tp", "2"], ["--pp", "2"]))
 def test_ranks_of_its_own(folder: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert main([str(folder), *words]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "2 passed, 0 failed, 0 not covered"

@@ -17,6 +17,7 @@ from goldens.run import Errors, mesh_of, run
 
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.mesh import Axis
+from tests.marks import thinned
 
 FOLDER = Path(os.environ.get("MEGNORM_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "golden"
 ALL = [path.relative_to(FOLDER).as_posix() for path in find(FOLDER)] if FOLDER.is_dir() else []
@@ -337,7 +338,7 @@ def tp_without_reduction(rank: int, world: int, folder: str, name: str) -> tuple
     return errors.logits, errors.worst[1]
 
 
-@pytest.mark.parametrize("name", TP_NAMES)
+@pytest.mark.parametrize("name", thinned(TP_NAMES, 4))
 def test_tensor_parallel(shared: Path, ranks: Callable[[int], Any], name: str) -> None:
     for line in ranks(2).run(tp_check, str(FOLDER), name):
         assert line.status == "pass", str(line)
