@@ -24,8 +24,8 @@ from megnorm.train.build import build_stages, mesh_of
 from megnorm.train.config import TrainConfig
 from tests.distributed import cases
 from tests.layers.tiny import MODES, SELECTIVE, Model, batches, config, differences, step
-from tools import parity
 from tests.marks import thinned
+from tools import parity
 
 BOTH = (("block",), SELECTIVE)
 FEW = ("normformer", "hybridnorm", "keel", "normformer+post_projection+resscale")

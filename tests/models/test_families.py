@@ -73,7 +73,7 @@ def double(**rest: Any) -> Env:
     return Env(dtype=torch.float64, **rest)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 3))
 def test_stages_in_a_row_are_the_model(name: str) -> None:
     """Loss and gradients, dropout included; every tensor has one owner, and the edges are as announced."""
     cfg = MODELS[name]
@@ -102,7 +102,7 @@ def test_stages_in_a_row_are_the_model(name: str) -> None:
                 torch.testing.assert_close(found[key], grad, rtol=1e-9, atol=1e-10 * float(grad.norm()))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thinned(MODELS, 3))
 @pytest.mark.parametrize("modes", [("block",), ("attention", "norms", "activations", "projections")])
 def test_recompute_changes_no_bit(name: str, modes: tuple[str, ...]) -> None:
     cfg = MODELS[name]

@@ -161,6 +161,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 dp2 gpipe plain": {"pp": 2, "dp": 2, "zero": 0, "schedule": "gpipe"},
     "tp2 dp2": {"tp": 2, "dp": 2},
 }
+FAST = ("dp2", "dp2 plain", "pp2 dp2 tied", "tp2 dp2")
 FOUND: dict[str, list[dict[str, Any]]] = {}
 
 
@@ -179,7 +180,7 @@ def places(events: list[Event], what: str) -> dict[int, int]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", thinned(LAYOUTS, FAST.__contains__))
 def test_gradients_start_inside_the_last_backward(ranks: Any, name: str) -> None:
     for rank in seen(ranks, name):
         assert len(rank["stage"]) >= 4, "too few buckets to show anything"
@@ -206,7 +207,7 @@ def test_gradients_start_inside_the_last_backward(ranks: Any, name: str) -> None
             assert min(waits.values()) > max(ends)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", thinned(LAYOUTS, FAST.__contains__))
 def test_all_but_the_last_bucket_overlap_with_backward(ranks: Any, name: str) -> None:
     """Other gradients are computed after a bucket has started."""
     for rank in seen(ranks, name):
@@ -218,7 +219,7 @@ def test_all_but_the_last_bucket_overlap_with_backward(ranks: Any, name: str) ->
                 assert all(starts[bucket] < max(gradients) for bucket in mine[:-1])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", thinned(LAYOUTS, FAST.__contains__))
 def test_ranks_that_share_a_bucket_start_alike(ranks: Any, name: str) -> None:
     orders: dict[Any, list[Any]] = {}
     for rank in seen(ranks, name):
@@ -227,7 +228,7 @@ def test_ranks_that_share_a_bucket_start_alike(ranks: Any, name: str) -> None:
     assert all(len(group) == 2 and group[0] == group[1] for group in orders.values())
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "plain" not in name])
+@pytest.mark.parametrize("name", thinned((name for name in LAYOUTS if "plain" not in name), FAST.__contains__))
 def test_weights_are_waited_for_where_they_are_first_used(ranks: Any, name: str) -> None:
     for rank in seen(ranks, name):
         first, second = rank["steps"]

@@ -13,6 +13,7 @@ from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.layout import named_matrices
+from tests.marks import thinned
 from tests.reference.equations import BLOCKS, reference_forward
 from tests.reference.model import Model
 
@@ -138,7 +139,7 @@ def test_options_are_their_equations(name: str, options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["-".join(map(str, kind.values())) for kind in KINDS])
-@pytest.mark.parametrize("name", ["preln", "deepnorm", "normformer", "hybridnorm", "subln", "olmo2"])
+@pytest.mark.parametrize("name", thinned(["preln", "deepnorm", "normformer", "hybridnorm", "subln", "olmo2"], 3))
 def test_norm_kinds_are_their_equations(name: str, kind: dict[str, Any]) -> None:
     compare(NormConfig(name, eps=kind.get("eps", 1e-5), **{k: v for k, v in kind.items() if k != "eps"}), layers=2)
 
@@ -159,7 +160,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("moe", EXPERTS)
-@pytest.mark.parametrize("name", ["preln", "postln", "deepnorm", "normformer", "hybridnorm_star", "sandwich"])
+@pytest.mark.parametrize(
+    "name", thinned(["preln", "postln", "deepnorm", "normformer", "hybridnorm_star", "sandwich"], 3)
+)
 def test_schemes_of_experts_are_their_equations(name: str, moe: str) -> None:
     """Tokens that no expert takes included: their branch is 0, and the scheme's equation holds."""
     compare(NormConfig(name, kind="layernorm" if moe == "capacity" else "rmsnorm"), layers=3, moe=EXPERTS[moe])
