@@ -1,8 +1,6 @@
 """The index cache: one builder, everybody else waits and maps; a dead builder leaves nothing."""
 
 import multiprocessing
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +9,8 @@ import pytest
 from megnorm.data.cache import cached
 from megnorm.data.config import DataConfig
 from megnorm.data.loader import Loader
+from tests.data.building import dies_while_building, one_of_many
 from tests.data.helpers import numbered
-
-
-def one_of_many(folder: str, log: str) -> None:
-    def build() -> dict[str, np.ndarray]:
-        with open(log, "a") as file:
-            file.write("built\n")
-        time.sleep(0.3)
-        return {"a": np.arange(5)}
-
-    assert cached(folder, "x", build)["a"].tolist() == [0, 1, 2, 3, 4]
-
-
-def dies_while_building(folder: str) -> None:
-    cached(folder, "x", lambda: os._exit(9))
 
 
 @pytest.mark.full
