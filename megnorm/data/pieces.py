@@ -20,9 +20,8 @@ BLANK = r" \t\n\r\f\v"
 WORD = re.compile(
     rf"'(?:[stmd]|re|ve|ll)| ?(?:[A-Za-z]+|[0-9]+|[^{BLANK}A-Za-z0-9]+)|[{BLANK}]+(?![^{BLANK}])|[{BLANK}]+"
 )
-MARKS = dict(
-    zip([*range(33), 127], range(256, 290), strict=True)
-)  # how byte-level BPE writes ASCII that cannot be seen
+# How byte-level BPE writes the ASCII that cannot be seen.
+MARKS = dict(zip([*range(33), 127], range(256, 290), strict=True))
 
 
 def applies(inner: Any) -> bool:

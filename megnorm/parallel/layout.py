@@ -173,11 +173,6 @@ def share_copies(stages: Iterable[nn.Module]) -> None:
                     module._parameters[attribute] = held[id(param)]
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Logical elements that this rank owns (summed over a tensor-parallel group: the model's)."""
-    return sum(torch.Size(named.matrix.local).numel() for named in named_matrices(model) if named.matrix.owner)
-
-
 def reduce_replicated_grads(params: Iterable[nn.Parameter], mesh: Mesh) -> None:
     """Sum partial gradients (``param.main_grad``) over the axes their matrices ask for, one message per axis.
 

@@ -41,12 +41,13 @@ class Exchange:
     def __init__(
         self, sent: Sequence[Tensor], received: Sequence[Tensor], axis: Axis, end: Callable[[], object] = lambda: None
     ) -> None:
+        self.works: list[dist.Work] = []
         # Every rank begins with its right neighbour, so that not all of them send to the same rank first.
         others = [(axis.rank + i) % axis.size for i in range(1, axis.size)]
         self.held, self.end = (sent, received), end
         works = [dist.irecv(received[r], group=axis.group, group_src=r, tag=TAG) for r in reversed(others)]
         works += [dist.isend(sent[r], group=axis.group, group_dst=r, tag=TAG) for r in others]
-        self.works = [work for work in works if work is not None]
+        self.works += [work for work in works if work is not None]
 
     def wait(self) -> None:
         while self.works:
