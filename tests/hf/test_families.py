@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megnorm.hf import custom
-from megnorm.hf.convert import from_hf, random_tokens, to_hf
+from megnorm.hf.compare import random_tokens
+from megnorm.hf.convert import from_hf, to_hf
 from megnorm.hf.families.registry import FAMILIES, by_model_type, choose
 from megnorm.hf.families.rope import read_rope
 from megnorm.hf.fold import fold, fold_skip

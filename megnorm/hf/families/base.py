@@ -102,7 +102,7 @@ def skips(resolved: Resolved, part: str) -> set[float]:
 class Family:
     """One class of transformers. A subclass says what it accepts and how its config and tensors look.
 
-    windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
+    windows, two_thetas, softcaps: what it has of ``AttentionConfig``; experts: it has them; the factor on scores can always be folded.
     names: canonical name -> theirs, ``{i}`` for the layer index; both directions of the conversion read it.
     """
 
@@ -112,11 +112,17 @@ class Family:
     windows: Windows = "none"  # layers may have one: none, all alike, each as it likes
     two_thetas = False
     softcaps = False
+    family = "causal"  # model.family
+    experts = False
 
     @property
     def name(self) -> str:
         """transformers' model_type: the class's name in lower case, but for the oldest."""
         return self.architecture.removesuffix("ForCausalLM").lower()
+
+    def serves(self, model: ModelConfig) -> bool:
+        """Whether it is a class for such models at all: of their family, with experts or without."""
+        return self.family == model.family and self.experts == (model.moe.experts > 0)
 
     def prepare(self, resolved: Resolved, state: State) -> tuple[Resolved, State]:
         """A further exact rewrite that this class needs; before ``accepts``."""

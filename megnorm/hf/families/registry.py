@@ -26,6 +26,8 @@ def choose(model: ModelConfig, resolved: Resolved) -> tuple[Family | None, dict[
     plain_model, plain, _ = fold(model, resolved)
     reasons: dict[str, str] = {}
     for family in FAMILIES:
+        if not family.serves(model):
+            continue
         prepared, _ = family.prepare(plain, {})
         reason = family.accepts(plain_model, prepared)
         if reason is None:
