@@ -8,7 +8,6 @@ from megnorm.hf import custom
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
 
-
 USES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "causal": ("A causal language model", "text-generation", (
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',

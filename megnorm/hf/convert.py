@@ -112,7 +112,11 @@ def from_hf(folder: Path) -> Imported:
         state = custom.unrename(tensors, model)
         architecture = custom.architecture(model.family)
     else:
-        family = by_model_type(fields.get("model_type", ""), before=bool(fields.get("do_layer_norm_before", True)))
+        family = by_model_type(
+            fields.get("model_type", ""),
+            (fields.get("architectures") or [""])[0],
+            before=bool(fields.get("do_layer_norm_before", True)),
+        )
         try:
             model = family.read_config(fields)
         except KeyError as missing:
@@ -223,8 +227,28 @@ def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> Stat
     kept = {n: t for n, t in tensors.items() if not n.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))}
     if fields["model_type"] in ("gpt2", "gpt_bigcode"):
         kept = {n: t for n, t in kept.items() if not n.endswith(".attn.bias")}
+    if fields["model_type"] in ("bert", "roberta"):
+        return _tidy_encoder(kept)
     prefix = "transformer." if fields["model_type"] in ("gpt2", "gpt_bigcode", "bloom", "mpt") else "model."
     kept = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
     if model.tied_head:
         kept.pop("lm_head.weight", None)
     return kept
+
+
+def _tidy_encoder(tensors: State) -> State:
+    """Without what ties to another tensor, and what another task left behind; LayerNorms by their newer names."""
+    left = (
+        "position_ids",
+        "predictions.decoder.weight",
+        "predictions.decoder.bias",
+        "lm_head.decoder.weight",
+        "lm_head.decoder.bias",
+    )
+    kept = {n: t for n, t in tensors.items() if not n.endswith(left) and ".seq_relationship." not in n}
+    if any(n.startswith(("cls.", "lm_head.")) for n in kept):
+        kept = {n: t for n, t in kept.items() if ".pooler." not in n}
+    return {
+        n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
+        for n, t in kept.items()
+    }

@@ -44,6 +44,9 @@ RENAMED = {
     "tie_word_embeddings": "tied_head",
 }
 """Name in config.json -> field of ModelConfig with the same value."""
+LATER = {"family", "logit_scale", "final_logit_softcapping", "pooler", "segments", "relative_buckets", "relative_distance",
+         "shared_embedding"}  # fmt: skip
+"""Names in config.json that folders of earlier versions lack; their models are as by default."""
 
 
 def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
@@ -83,10 +86,12 @@ def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
     norm = dict(fields.get("norm_config") or {"scheme": fields["norm"]["scheme"]})
     theta, scaling, local = read_rope(fields)
     norm["plugins"] = ()  # a folder from a stranger names no code to run; the numbers are in "norm"
-    given = {name: fields[name] for name in PLAIN if name in fields}
-    given |= {ours: fields[theirs] for theirs, ours in RENAMED.items() if theirs in fields}
+    given = {name: fields[name] for name in PLAIN if name in fields or name not in LATER}
+    given |= {ours: fields[theirs] for theirs, ours in RENAMED.items() if theirs in fields or theirs not in LATER}
     family, positions = fields.get("family", "causal"), fields["max_position_embeddings"]
     source = fields.get("max_source_positions")
+    if family not in CLASSES:
+        raise ValueError(f"config.json: family '{family}' is unknown; megnorm reads {', '.join(CLASSES)}")
     model = ModelConfig(
         **given,
         kv_heads=fields["num_key_value_heads"],
@@ -106,7 +111,9 @@ def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
         o_bias=_unless(fields.get("o_bias"), fields["linear_bias"]),
         moe=MoEConfig(**(fields.get("moe") or {})),
         head_transform=fields.get("transform_norm") is not None,
-        classes=len(fields["id2label"]) if family == "classifier" else 0,
+        classes=len(fields.get("id2label") or "12")
+        if family == "classifier"
+        else 0,  # transformers leaves out its default, two
         norm=NormConfig(**norm),
     )
     return model, from_json(fields["norm"])

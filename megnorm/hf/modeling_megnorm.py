@@ -67,7 +67,7 @@ class MegnormPreTrainedModel(PreTrainedModel):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def bias(self, positions: Tensor, keys: Tensor, *, causal: bool) -> Tensor | None:
-        """What is added to the scores of queries at places [s] of a row and keys at places [t], [heads, s, t]; None: nothing."""
+        """What is added to the scores of queries at places [s] of a row and keys at places [t]: [heads, s, t], or None."""
         if self.config.positions == "alibi":
             return alibi(self.config.num_attention_heads, positions, keys)
         if self.config.relative_buckets is None:

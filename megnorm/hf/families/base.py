@@ -102,8 +102,9 @@ def skips(resolved: Resolved, part: str) -> set[float]:
 class Family:
     """One class of transformers. A subclass says what it accepts and how its config and tensors look.
 
-    windows, two_thetas, softcaps: what it has of ``AttentionConfig``; experts: it has them; the factor on scores can always be folded.
-    names: canonical name -> theirs, ``{i}`` for the layer index; both directions of the conversion read it.
+    windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
+    family, experts: of what models it is a class.
+    names: canonical name -> theirs, ``{i}`` for the layer index, ``{e}`` for an expert's; both directions of the conversion read it.
     """
 
     architecture: str
@@ -195,8 +196,9 @@ class Family:
         table = []
         for ours, theirs in self.names.items():
             for i in range(model.layers) if "{i}" in ours else range(1):
-                for kind in ("weight", "bias"):
-                    table.append((f"{ours.format(i=i)}.{kind}", f"{theirs.format(i=i)}.{kind}"))
+                for e in range(model.moe.experts) if "{e}" in ours else range(1):
+                    for kind in ("weight", "bias"):
+                        table.append((f"{ours.format(i=i, e=e)}.{kind}", f"{theirs.format(i=i, e=e)}.{kind}"))
         return table
 
 
