@@ -104,7 +104,8 @@ class Family:
 
     windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
     family, experts: of what models it is a class.
-    names: canonical name -> theirs, ``{i}`` for the layer index, ``{e}`` for an expert's; both directions of the conversion read it.
+    names: canonical name -> theirs, ``{i}`` for the layer index, ``{e}`` for an expert's; both directions of the conversion
+    read it.
     """
 
     architecture: str

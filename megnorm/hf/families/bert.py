@@ -68,7 +68,7 @@ class BertMasked(Family):
         return None
 
     def config(self, model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
-        fields = {
+        fields: dict[str, Any] = {
             "model_type": self.name,
             "vocab_size": model.vocab_size,
             "hidden_size": model.width,
