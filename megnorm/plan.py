@@ -150,14 +150,36 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
 
 
 def _check_kernels(config: RunConfig) -> None:
-    """FP8 where it means something."""
+    """FP8 where it means something, and graphs of what is the same from step to step."""
     k, t = config.kernels, config.train
+    _check_graphs(config)
     if k.fp8 is None:
         return
     if t.precision not in ("bf16", "fp16"):
         raise PlanError(f"kernels.fp8={k.fp8} quantizes bf16, but train.precision={t.precision}; use bf16")
     if min(k.fp8_spare) < 0 or sum(k.fp8_spare) >= config.model.layers:
         raise PlanError(f"kernels.fp8_spare={k.fp8_spare} leaves none of model.layers={config.model.layers} to FP8")
+
+
+def _check_graphs(config: RunConfig) -> None:
+    """A graph is a fixed row of kernels on fixed memory, with one place for what a block's backward pass needs."""
+    m, t, d, p = config.model, config.train, config.data, config.parallel
+    reasons = {
+        f"model.family={m.family}": m.family != "causal" and "its batches differ in shape",
+        "model.moe.experts": m.moe.experts and "the host counts the rows of experts",
+        "model.dropout or attention_dropout": (m.dropout or m.attention_dropout) and "the host draws their masks anew",
+        "data.separate_documents": d.separate_documents and "lengths of documents change",
+        "data.reset_positions": d.reset_positions and "positions change",
+        "train.recompute": t.recompute and "the host finds what is computed again",
+        f"parallel.pp={p.pp} and schedule={p.schedule}": (p.pp > 1 or p.schedule == "gpipe")
+        and "it needs several at once",
+        f"kernels.fp8={config.kernels.fp8}": config.kernels.fp8 and "the host keeps its scales",
+    }
+    for key, why in reasons.items():
+        if config.kernels.graphs and why:
+            raise PlanError(
+                f"kernels.graphs cannot be joined with {key}: {why}; set kernels.graphs=false, or change that"
+            )
 
 
 def check_model(m: ModelConfig) -> None:

@@ -81,7 +81,10 @@ OPTIONAL = {
     "pyarrow", "sacrebleu", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
     "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip
-SHIPPED = {"hf.modeling_megnorm", "hf.attention_megnorm", "hf.configuration_megnorm", "hf.norms_megnorm"}
+SHIPPED = {
+    "hf.attention_megnorm", "hf.configuration_megnorm", "hf.encoder_megnorm", "hf.ffn_megnorm", "hf.layers_megnorm",
+    "hf.modeling_megnorm", "hf.norms_megnorm", "hf.seq2seq_megnorm",
+}  # fmt: skip
 
 
 def modules() -> dict[str, ast.Module]:

@@ -1,9 +1,11 @@
 """Is the parallel run the serial run? The worst difference of loss, gradients and weights, for any config and layout.
 
     python tools/parity.py --config run.yaml --layout tp=2 [key=value ...]
+    torchrun --nproc-per-node 4 tools/parity.py --device cuda --layout tp=2,dp=2 [key=value ...]
 
-Starts its own gloo ranks on this machine, builds the config's model twice with the training code (once serially, once in
-the layout), feeds both the same random tokens with an uneven loss mask, and compares. A difference is measured relative to
+Starts its own gloo ranks on this machine, or is one of those that a launcher started, with a GPU of its own. It builds the
+config's model twice with the training code (once serially, once in the layout), feeds both the same random tokens with an
+uneven loss mask, and compares. A difference is measured relative to
 max(norm of the tensor, 1e-3 of the norm of all). Exit code 1 above tolerance.
 """
 
@@ -31,6 +33,7 @@ from megnorm.models.causal import Tokens
 from megnorm.models.encdec import Pairs
 from megnorm.models.masked import MaskedTokens
 from megnorm.optim.clip import global_norm
+from megnorm.parallel import launch, nccl
 from megnorm.parallel.collectives import all_reduce, gather_objects
 from megnorm.parallel.data_parallel import DataParallel
 from megnorm.parallel.layout import full_tensor, named_matrices
@@ -87,7 +90,7 @@ def trace(plan: Plan, mesh: Mesh, steps: int, parts: int = PARTS) -> Trace:
     pipeline = Pipeline(stages, mesh)
 
     def whole(storage: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        own = {n.name: full_tensor(n, storage(n.param), mesh) for n in named}
+        own = {n.name: full_tensor(n, storage(n.param), mesh).cpu() for n in named}
         found: dict[str, Tensor] = {}
         for part in (part for stage in gather_objects(gather_objects(own, mesh.ep), mesh.pp) for part in stage):
             for name, tensor in part.items():
@@ -111,14 +114,14 @@ def trace(plan: Plan, mesh: Mesh, steps: int, parts: int = PARTS) -> Trace:
         router.update_biases(router.loads(mesh, *stages.values()), *stages.values())
     flat.wait_weights()
     weights = whole(lambda param: param.detach())
-    for found in gather_objects(dict(router.biases(*stages.values())), mesh.pp):
+    for found in gather_objects({k: x.cpu() for k, x in router.biases(*stages.values())}, mesh.pp):
         weights |= found
     return Trace(initial, losses, grads, norm, weights)
 
 
 def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataParallel, step: int, count: int) -> float:
     """One step's global loss, with that of sparse layers; gradients end in flat storage, reduced as training reduces them."""
-    parts = [random_batch(plan.config, step, i) for i in range(count)]
+    parts = [on_device(random_batch(plan.config, step, i), mesh.device) for i in range(count)]
     tokens = sum(float(part.loss_mask.sum()) for part in parts)
     own, parallel = parts[mesh.dp.rank :: mesh.dp.size], plan.config.parallel
     schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, len(own))
@@ -134,6 +137,12 @@ def _forward_backward(plan: Plan, mesh: Mesh, pipeline: Pipeline, flat: DataPara
         all_reduce(total, axis)
     flat.finish()
     return float(total)
+
+
+def on_device(batch: Input, device: torch.device) -> Input:
+    """The batch with its tensors there."""
+    moved = {key: x.to(device) for key, x in vars(batch).items() if isinstance(x, Tensor)}
+    return dataclasses.replace(batch, **moved)
 
 
 def random_batch(config: RunConfig, step: int, index: int) -> Input:
@@ -191,15 +200,20 @@ def _worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
     return max((value if value == value else float("inf"), name) for value, name in found)
 
 
-def on_rank(rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS) -> Difference | None:
+CPU = torch.device("cpu")
+
+
+def on_rank(
+    rank: int, world: int, config: RunConfig, steps: int = SGD_STEPS, device: torch.device = CPU
+) -> Difference | None:
     """The body of a rank: both runs and their difference on rank 0. The default process group must be initialized."""
     plan = make_plan(config, world)
-    mesh = mesh_of(plan, torch.device("cpu"))
+    mesh = mesh_of(plan, device)
     parts = ALONE if mesh.pp.size == mesh.dp.size == 1 else PARTS
     parallel = trace(plan, mesh, steps, parts)
     if rank != 0:
         return None
-    return compare(trace(make_plan(serial_of(config), 1), Mesh(), steps, parts), parallel)
+    return compare(trace(make_plan(serial_of(config), 1), Mesh(device=device), steps, parts), parallel)
 
 
 def serial_of(config: RunConfig) -> RunConfig:
@@ -246,10 +260,25 @@ def run(config: RunConfig, world: int) -> Difference:
     return Difference(**found)
 
 
+def launched(config: RunConfig, where: launch.World) -> Difference | None:
+    """As one of the ranks that a launcher started."""
+    nccl.prepare(tp=config.parallel.tp, deterministic=config.kernels.deterministic, graphs=False)
+    device = launch.device_of(where)
+    launch.init(where, device, config.parallel.timeout)
+    difference = on_rank(where.rank, where.size, config, device=device)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return difference
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of a run")
     parser.add_argument("--layout", required=True, help="e.g. tp=2 or tp=2,dp=2,sequence_parallel=false")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: started by a launcher, a GPU a rank"
+    )
     parser.add_argument("--precision", choices=sorted(TOLERANCE), default="fp64")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -258,7 +287,15 @@ def main() -> int:
         config = configs.load(args.config, [*args.overrides, f"train.precision={args.precision}", *layout])
         sizes = config.parallel
         world = sizes.tp * sizes.pp * (sizes.dp or 1)
-        difference = run(config, world)
+        where = launch.world()
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: there is no CUDA device")
+        if args.device == "cuda" and where.size != world:
+            raise ValueError(f"--layout {args.layout} needs {world} ranks, {where.size} were started; use torchrun")
+        found = launched(config, where) if args.device == "cuda" else run(config, world)
+        if found is None:
+            return 0
+        difference = found
     except ValueError as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Attention of a megnorm model in transformers: rotary positions, linear biases, and scores as they are written in a formula.
+"""Attention of a megnorm model in transformers: rotary positions, biases, and scores as they are written in a formula.
 
 Needs torch, transformers and the two files beside it; shipped beside modeling_megnorm.py.
 """
@@ -72,8 +72,8 @@ def eager_attention(
     scores = query @ key.transpose(2, 3) * kwargs["scaling"]
     if kwargs.get("softcap") is not None:
         scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
-    if kwargs.get("alibi") is not None:
-        scores = scores + kwargs["alibi"].to(scores.dtype)
+    if kwargs.get("bias") is not None:
+        scores = scores + kwargs["bias"].to(scores.dtype)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=wide(scores.dtype)).to(query.dtype)
@@ -88,3 +88,19 @@ def alibi(heads: int, queries: Tensor, keys: Tensor) -> Tensor:
     powers += [2.0 ** (-4 * (2 * i + 1) / below) for i in range(heads - below)]
     slopes = torch.tensor(powers, dtype=torch.float64, device=keys.device)
     return slopes[:, None, None] * (keys - queries[:, None])
+
+
+def relative_buckets(config: MegnormConfig, queries: Tensor, keys: Tensor, *, causal: bool) -> Tensor:
+    """The bucket of the distance of each key [t] from each query [s], [s, t]: the nearer half of the buckets hold one
+    distance each, the others grow logarithmically up to ``relative_distance`` (T5)."""
+    buckets, distance = config.relative_buckets, keys - queries[:, None]
+    start = torch.zeros_like(distance)
+    if causal:
+        distance = (-distance).clamp_min(0)
+    else:
+        buckets //= 2
+        start, distance = (distance > 0).long() * buckets, distance.abs()
+    near = buckets // 2
+    grown = torch.log(distance.clamp_min(1).float() / near) / math.log(config.relative_distance / near)
+    far = (near + (grown * (buckets - near)).long()).clamp_max(buckets - 1)
+    return start + torch.where(distance < near, distance, far)

@@ -60,6 +60,7 @@ def _to_hf(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         max_shard_size=args.max_shard_size,
         card=Card(args.license, args.language, args.dataset),
+        ids=run.ids,
     )
     for architecture, reason in export.refused.items():
         print(f"  not {architecture}: {reason}")

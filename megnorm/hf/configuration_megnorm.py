@@ -10,13 +10,19 @@ class MegnormConfig(PreTrainedConfig):
 
     norm: the normalization scheme, resolved: ``layers`` (one entry a layer, with ``attention`` and ``ffn``),
     ``embedding`` and ``final``. Every number is there; the scheme's name is kept for people only.
-    positions: learned | sinusoidal | rotary | alibi | none. activation: gelu, gelu_tanh, relu, relu_squared, silu, or the gated
-    swiglu, geglu, geglu_tanh, reglu. position_padding_id: without an attention mask, tokens of this id are padding;
+    family: causal | masked | classifier | encdec; see the end. positions: learned | sinusoidal | rotary | alibi | none.
+    activation: gelu, gelu_tanh, relu, relu_squared, silu, or the gated swiglu, geglu, geglu_tanh, reglu.
+    position_padding_id: without an attention mask, tokens of this id are padding;
     positions count real tokens only and padding has none. None: the attention mask alone says what is padding, and
     does not move positions. parallel_block: attention and feed-forward read the same stream.
     rope_parameters, layer_types, sliding_window, attn_logit_softcapping and final_logit_softcapping mean what they do in
     transformers' own models. attention_scale: factor on scores, None: 1 / sqrt(head_dim). logit_scale: factor on logits.
     linear_bias: on every linear layer of the blocks; qkv_bias, o_bias: on these alone, None: as linear_bias.
+    moe: of a causal model with sparse layers, the options of their experts by megnorm's names; sparse_layers: which they are.
+    segments: token types of an encoder with an embedding each. transform_norm: the norm behind a dense layer before a masked-LM
+    head; None: no such layer. pooler: of a classifier. relative_buckets: of T5's position bias, growing up to
+    relative_distance; None: no such bias. An encoder-decoder has encoder_layers beside num_hidden_layers, which are the
+    decoder's, and ``norm["encoder"]``; shared_embedding: one token table for both; max_source_positions: the encoder's.
     norm_config: the options that ``norm`` was resolved from, for reading the folder back into megnorm.
     """
 
@@ -30,6 +36,7 @@ class MegnormConfig(PreTrainedConfig):
 
     def __init__(
         self,
+        family: str = "causal",
         vocab_size: int = 50257,
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
@@ -56,6 +63,16 @@ class MegnormConfig(PreTrainedConfig):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         parallel_block: bool = False,
+        moe: dict[str, Any] | None = None,
+        sparse_layers: list[int] | None = None,
+        segments: int = 0,
+        transform_norm: dict[str, Any] | None = None,
+        pooler: bool = True,
+        relative_buckets: int | None = None,
+        relative_distance: int = 128,
+        encoder_layers: int = 0,
+        max_source_positions: int | None = None,
+        shared_embedding: bool = False,
         norm: dict[str, Any] | None = None,
         norm_config: dict[str, Any] | None = None,
         initializer_range: float = 0.02,
@@ -63,9 +80,11 @@ class MegnormConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
+        decoder_start_token_id: int | None = None,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.family = family
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -92,6 +111,16 @@ class MegnormConfig(PreTrainedConfig):
         self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.parallel_block = parallel_block
+        self.moe = moe
+        self.sparse_layers = sparse_layers or []
+        self.segments = segments
+        self.transform_norm = transform_norm
+        self.pooler = pooler
+        self.relative_buckets = relative_buckets
+        self.relative_distance = relative_distance
+        self.encoder_layers = encoder_layers
+        self.max_source_positions = max_source_positions
+        self.shared_embedding = shared_embedding
         self.norm = norm
         self.norm_config = norm_config
         self.initializer_range = initializer_range
@@ -99,8 +128,9 @@ class MegnormConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+        self.decoder_start_token_id = decoder_start_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        super().__init__(**kwargs)
+        super().__init__(**{"is_encoder_decoder": family == "encdec", **kwargs})
 
     def layer_norms(self) -> list[dict[str, Any]]:
         """The norms of each layer; a config without any is a plain Pre-LN transformer with RMSNorm."""
@@ -116,6 +146,8 @@ class MegnormConfig(PreTrainedConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Linear layers that may be split: those whose inner norms and scales do not look across heads or features."""
+        if self.family == "encdec":
+            return {}
         attention = [layer["attention"] for layer in self.layer_norms()]
         ffn = [layer["ffn"] for layer in self.layer_norms()]
         plan: dict[str, str] = {}

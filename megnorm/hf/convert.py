@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +15,13 @@ from torch import Tensor
 
 from megnorm.hf import custom
 from megnorm.hf.card import Card, write_card
+from megnorm.hf.compare import LogitMismatch, Reference, difference
 from megnorm.hf.families.base import Family
 from megnorm.hf.families.registry import by_model_type, choose
-from megnorm.hf.families.rope import longest_input
 from megnorm.hf.fold import State, fold, fold_scores
 from megnorm.hf.tokenizer import SpecialIds, write_tokenizer
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, resolve
-
-Reference = Callable[[Tensor], Tensor]
-"""tokens [b, s] int64 -> logits [b, s, v]."""
-
-
-class LogitMismatch(ValueError):
-    """The exported folder computes something else than the model; nothing was left under the final name."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +58,33 @@ def to_hf(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     card: Card | None = None,
+    ids: SpecialIds | None = None,
 ) -> Export:
     """Write the folder ``out``: weights, config, tokenizer, model card, and code where no native class is exact.
 
     state: full logical tensors by canonical name. native: a class of transformers where one holds the model exactly.
     reference: the model's own forward; the folder is loaded again and compared in fp32 before it gets its name, and
     LogitMismatch is raised above ``tolerance`` times the largest logit (at least 1). dtype: of the written weights,
-    after that comparison. Raises ValueError for tensors that do not fit, or an ``out`` that exists without overwrite.
+    after that comparison. ids: special tokens that the tokenizer does not know. Raises ValueError for tensors that do not fit,
+    or an ``out`` that exists without overwrite.
     """
     custom.check_state(state, model, resolved)
     full = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in state.items()}
     family, refused = choose(model, resolved) if native else (None, {})
     fields, tensors = _native(family, full, model, resolved) if family else _custom(full, model, resolved)
-    architecture, difference = fields["architectures"][0], None
+    architecture, found = fields["architectures"][0], None
     with _new_folder(out, overwrite) as folder:
         special = SpecialIds(pad=model.padding_id)
         if tokenizer is not None:
             special = write_tokenizer(tokenizer, folder, vocab_size=model.vocab_size, max_length=model.max_positions)
+        special = special if ids is None else special.with_(ids)
         _write_config(folder, fields, special, model)
         _write_weights(folder, tensors, max_shard_size)
         if reference is not None:
-            difference, largest = _compare(reference, folder, model)
-            if not difference <= tolerance * max(1.0, largest):
+            found, largest = difference(reference, folder, min(64, model.max_positions, model.source_positions))
+            if not found <= tolerance * max(1.0, largest):
                 raise LogitMismatch(
-                    f"{out}: {architecture} differs from the model by {difference:.3g} in a logit, above "
+                    f"{out}: {architecture} differs from the model by {found:.3g} in a logit, above "
                     f"{tolerance:g} (largest logit {largest:.3g}); nothing was written, report this with the config"
                 )
         if dtype != torch.float32:
@@ -97,12 +92,12 @@ def to_hf(
             _write_weights(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()}, max_shard_size)
         parameters = sum(tensor.numel() for tensor in state.values())
         write_card(folder, card or Card(), out.name, architecture, model, resolved, parameters)
-    return Export(out, architecture, refused, difference)
+    return Export(out, architecture, refused, found)
 
 
 def compare_logits(reference: Reference, folder: Path) -> float:
     """Largest |logit difference| in fp32 on random tokens between a forward and the model loaded from ``folder``."""
-    return _compare(reference, folder, None)[0]
+    return difference(reference, folder)[0]
 
 
 def from_hf(folder: Path) -> Imported:
@@ -114,10 +109,14 @@ def from_hf(folder: Path) -> Imported:
     tensors = _read_weights(folder)
     if fields.get("model_type") == "megnorm":
         model, resolved = custom.read_config(fields)
-        state = custom.unrename(tensors)
-        architecture = custom.ARCHITECTURE
+        state = custom.unrename(tensors, model)
+        architecture = custom.architecture(model.family)
     else:
-        family = by_model_type(fields.get("model_type", ""), before=bool(fields.get("do_layer_norm_before", True)))
+        family = by_model_type(
+            fields.get("model_type", ""),
+            (fields.get("architectures") or [""])[0],
+            before=bool(fields.get("do_layer_norm_before", True)),
+        )
         try:
             model = family.read_config(fields)
         except KeyError as missing:
@@ -142,8 +141,9 @@ def _native(family: Family, state: State, model: ModelConfig, resolved: Resolved
 
 
 def _custom(state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:
-    fields = {"architectures": [custom.ARCHITECTURE], "auto_map": custom.AUTO_MAP, **custom.config(model, resolved)}
-    return fields, custom.rename(state)
+    family = model.family
+    fields = {"architectures": [custom.architecture(family)], "auto_map": custom.auto_map(family)}
+    return fields | custom.config(model, resolved), custom.rename(state, model)
 
 
 @contextmanager
@@ -175,12 +175,14 @@ def _write_config(folder: Path, fields: dict[str, Any], special: SpecialIds, mod
     ids = {"eos_token_id": special.eos, "pad_token_id": special.pad, "bos_token_id": special.bos}
     if model.padding_id is not None:
         ids["pad_token_id"] = model.padding_id
+    if model.family == "encdec":
+        ids["decoder_start_token_id"] = special.start
     version = {"transformers_version": transformers.__version__}
     _write_json(folder / "config.json", {"dtype": "float32", **fields, **ids, "use_cache": True, **version})
     chosen = {name: value for name, value in ids.items() if value is not None}
     _write_json(folder / "generation_config.json", {**chosen, **version})
     if "auto_map" in fields:
-        for source in custom.sources():
+        for source in custom.sources(model.family):
             shutil.copyfile(source, folder / source.name)
 
 
@@ -225,6 +227,8 @@ def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> Stat
     kept = {n: t for n, t in tensors.items() if not n.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))}
     if fields["model_type"] in ("gpt2", "gpt_bigcode"):
         kept = {n: t for n, t in kept.items() if not n.endswith(".attn.bias")}
+    if fields["model_type"] in ("bert", "roberta"):
+        return _tidy_encoder(kept)
     prefix = "transformer." if fields["model_type"] in ("gpt2", "gpt_bigcode", "bloom", "mpt") else "model."
     kept = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
     if model.tied_head:
@@ -232,51 +236,19 @@ def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> Stat
     return kept
 
 
-def _compare(reference: Reference, folder: Path, model: ModelConfig | None) -> tuple[float, float]:
-    """Largest |difference| and largest |logit|; every tensor of the folder must have been used."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        answer: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        loaded, info = answer
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise LogitMismatch(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:3]))}")
-    tokens = random_tokens(loaded.config)
-    with torch.no_grad():
-        ours = reference(tokens).detach().to("cpu", torch.float32)
-        theirs = loaded.eval()(tokens).logits
-    _forget_code(loaded)
-    if ours.shape != theirs.shape:
-        raise LogitMismatch(f"{folder}: logits of shape {tuple(theirs.shape)}, the model's are {tuple(ours.shape)}")
-    return (ours - theirs).abs().max().item(), ours.abs().max().item()
-
-
-def _forget_code(model: Any) -> None:
-    """Delete the copy of a folder's code that transformers keeps in its cache under the folder's passing name."""
-    module = type(model).__module__
-    if module.startswith("transformers_modules."):
-        package, cache = module.rpartition(".")[0], sys.modules["transformers_modules"]
-        for path in cache.__path__:
-            shutil.rmtree(Path(path, *package.split(".")[1:2]), ignore_errors=True)
-        for name in [name for name in sys.modules if name.startswith(package)]:
-            del sys.modules[name]
-
-
-def random_tokens(config: Any, *, batch: int = 2, length: int = 64, seed: int = 0) -> Tensor:
-    """Tokens [batch, length] for comparisons; rows do not begin with padding."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = longest_input(config) or length
-    tokens = torch.randint(config.vocab_size, (batch, min(length, longest)), generator=generator)
-    padding = getattr(config, "position_padding_id", None)
-    if padding is not None:
-        tokens[:, 0] = (padding + 1) % config.vocab_size
-    return tokens
+def _tidy_encoder(tensors: State) -> State:
+    """Without what ties to another tensor, and what another task left behind; LayerNorms by their newer names."""
+    left = (
+        "position_ids",
+        "predictions.decoder.weight",
+        "predictions.decoder.bias",
+        "lm_head.decoder.weight",
+        "lm_head.decoder.bias",
+    )
+    kept = {n: t for n, t in tensors.items() if not n.endswith(left) and ".seq_relationship." not in n}
+    if any(n.startswith(("cls.", "lm_head.")) for n in kept):
+        kept = {n: t for n, t in kept.items() if ".pooler." not in n}
+    return {
+        n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
+        for n, t in kept.items()
+    }

@@ -40,7 +40,7 @@ def fold(
     if scale != 1.0 and not model.tied_head:
         _multiply(made, "embed.token.weight", scale)
         model = replace(model, embedding_scale=1.0)
-    if model.logit_scale != 1.0 and (final is not None or not model.tied_head):
+    if model.logit_scale != 1.0 and not (model.tied_head and (final is None or model.head_transform)):
         _scale_logits(model, final, made)
         model = replace(model, logit_scale=1.0)
     return model, replace(resolved, layers=layers, embedding=embedding, final=final), made
@@ -137,8 +137,9 @@ def _scale_branch(path: str, last: str, output: Norm | None, factor: "float | Te
     if output is not None:
         _scale(f"{path}.output_norm", output, factor, state)
         return
-    _multiply(state, f"{path}.{last}.weight", factor if isinstance(factor, float) else factor[:, None])
-    _multiply(state, f"{path}.{last}.bias", factor)
+    lasts = [name for name in state if name.startswith(f"{path}.") and name.rpartition(".")[0].endswith(f".{last}")]
+    for name in lasts:  # one, or that of every expert
+        _multiply(state, name, factor[:, None] if name.endswith("weight") and not isinstance(factor, float) else factor)
 
 
 def _scale_logits(model: ModelConfig, final: Norm | None, state: State) -> None:

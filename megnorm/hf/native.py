@@ -10,19 +10,24 @@ from torch import Tensor
 
 from megnorm import config as configs
 from megnorm.checkpoint import io
+from megnorm.hf.tokenizer import SpecialIds
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, from_json
 
 
 @dataclass(frozen=True)
 class Native:
-    """A checkpoint's model: config, resolved scheme, full fp32 weights by canonical name, and where it came from."""
+    """A checkpoint's model: config, resolved scheme, full fp32 weights by canonical name, and where it came from.
+
+    ids: of an encoder-decoder the tokens that its decoder begins with and that its rows were padded with.
+    """
 
     model: ModelConfig
     resolved: Resolved
     state: Mapping[str, Tensor]
     tokenizer: str | None
     path: Path
+    ids: SpecialIds = SpecialIds()
 
 
 def read_native(source: Path) -> Native:
@@ -33,14 +38,12 @@ def read_native(source: Path) -> Native:
         if key not in record:
             raise ValueError(f"{path / 'meta.json'} has no '{key}'; it was not written by megnorm train or convert")
     config = configs.from_dict(record["config"], f"{path / 'meta.json'}: config")
-    if config.model.family != "causal":
-        raise ValueError(
-            f"{path}: model.family={config.model.family} can be trained and evaluated, but only a causal model can be "
-            "exported or generate; give the run of one"
-        )
     names = [name for name in io.available(path) if not name.startswith("optim.")]
     state = {name: tensor.float() for name, tensor in io.read_full(path, names).items()}
-    return Native(config.model, from_json(record["resolved"]), state, config.data.tokenizer, path)
+    data, ids = config.data, SpecialIds()
+    if config.model.family == "encdec":
+        ids = SpecialIds(pad=data.pad, start=data.pad if data.start is None else data.start)
+    return Native(config.model, from_json(record["resolved"]), state, data.tokenizer, path, ids)
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -56,21 +59,46 @@ def checkpoint_of(source: Path) -> Path:
 
 def native_forward(
     state: Mapping[str, Tensor], model: ModelConfig, resolved: Resolved, *, dtype: torch.dtype = torch.float32
-) -> Callable[[Tensor], Tensor]:
-    """megnorm's own forward with these weights on the CPU: tokens [b, s] -> logits [b, s, v]."""
+) -> Callable[..., Tensor]:
+    """megnorm's own forward with these weights on the CPU, called as the exported class is: tokens [b, s], and by name
+    attention_mask, token_type_ids [b, s], decoder_input_ids [b, t] -> logits [b, s, v], or [b, classes]."""
     from megnorm.layers.env import Env
-    from megnorm.models.causal import CausalLM
+    from megnorm.layers.router import biases
+    from megnorm.models.build import FAMILIES
     from megnorm.parallel.layout import named_matrices
 
-    made = CausalLM(model, resolved, model.vocab_size, Env(dtype=dtype)).eval()
+    made: Any = FAMILIES[model.family](model, resolved, model.vocab_size, Env(dtype=dtype)).eval()
     with torch.no_grad():
         for named in named_matrices(made):
             named.view().copy_(state[named.name])
+        for name, bias in biases(made):
+            bias.copy_(state[name])
 
-    def forward(tokens: Tensor) -> Tensor:
-        return made.logits(tokens.t()).transpose(0, 1)
+    @torch.no_grad()
+    def forward(tokens: Tensor, **rest: Tensor) -> Tensor:
+        if model.family == "causal":
+            return made.logits(tokens.t()).transpose(0, 1)  # type: ignore[no-any-return]
+        batch = _batch(tokens.t(), **{name: tensor.t() for name, tensor in rest.items()})
+        out: Tensor = made.states(batch) if model.family == "classifier" else made.logits(batch).transpose(0, 1)
+        return out
 
     return forward
+
+
+def _batch(
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+) -> Any:
+    """A micro-batch without labels; all are [s, b]."""
+    from megnorm.models.encdec import Pairs
+    from megnorm.models.masked import MaskedTokens
+
+    real, said = None if attention_mask is None else attention_mask.bool(), decoder_input_ids
+    if said is not None:
+        return Pairs(tokens, real, said, said, torch.ones(said.shape))
+    return MaskedTokens(tokens, tokens, torch.ones(tokens.shape), real=real, segments=token_type_ids)
 
 
 def write_native(

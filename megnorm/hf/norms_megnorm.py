@@ -131,3 +131,10 @@ class Residual(nn.Module):
         r = r if isinstance(skip, float) and skip == 1.0 else skip * r
         x = r + (y if isinstance(branch, float) and branch == 1.0 else branch * y)
         return x + layer_input if self.spec["layer_input"] else x
+
+
+def surround(module: nn.Module, spec: Spec, width: int, first: Residual | None = None) -> None:
+    """Give a sub-layer the norms around its branch, and its residual. first: the attention's, whose factors it may share."""
+    module.input_norm, module.output_norm = make_norm(spec["input"], width), make_norm(spec["output"], width)
+    module.post_norm = make_norm(spec["post"], width)
+    module.residual = Residual(spec["residual"], width, first)

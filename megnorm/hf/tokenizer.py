@@ -1,7 +1,7 @@
 """A tokenizer for the exported folder."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of special tokens; None: the tokenizer has none."""
+    """Ids of special tokens; None: the tokenizer has none. start: the first token of a decoder."""
 
     eos: int | None = None
     pad: int | None = None
     bos: int | None = None
+    start: int | None = None
+
+    def with_(self, other: "SpecialIds") -> "SpecialIds":
+        """These, but for those that the other has."""
+        return replace(self, **{name: value for name, value in asdict(other).items() if value is not None})
 
 
 def load_tokenizer(source: Path, *, max_length: int | None = None) -> Any:

@@ -14,7 +14,8 @@ class Beam:
     """start: first token of a decoder; end: the one that ends a sequence. size: hypotheses that are followed at a time.
 
     length_penalty: a hypothesis counts with its log probability over its length (end included) to this power. longest: most
-    new tokens. cached: keep keys and values; without, every step computes all tokens anew.
+    new tokens; what is cut off there counts as it is, beside what has ended. cached: keep keys and values; without, every step
+    computes all tokens anew.
     """
 
     start: int
@@ -37,6 +38,8 @@ class _Best:
     found: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def add(self, score: float, tokens: list[int]) -> None:
+        if self.size == 1 and self.found:
+            return  # greedy: the first is the only one
         self.found = sorted([*self.found, (score, tokens)], key=lambda one: -one[0])[: self.size]
 
     def settled(self, hope: float) -> bool:
@@ -73,24 +76,21 @@ def beam_search(model: EncoderDecoder, source: Tensor, real: Tensor | None, beam
         index = (chosen + torch.arange(batch, device=device)[:, None] * k).flatten()
         tokens = torch.cat([tokens[:, index], words.view(1, -1)])
         following.select(index)
-    else:
-        for i, one in enumerate(best):
-            if not one.found:
-                at = int(scores[i].argmax())
-                one.add(0.0, tokens[1:, i * k + at].tolist())
     return [one.found[0][1] for one in best]
 
 
 def _go_on(
     tokens: Tensor, top: Tensor, place: Tensor, vocabulary: int, best: list[_Best], beam: Beam, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Note the hypotheses that end; the places [b, k] and scores [b, k] of those that go on."""
+    """Note the hypotheses that end, or are cut off at ``longest``; the places [b, k] and scores [b, k] of those that go on."""
     k = beam.size
     ends = place % vocabulary == beam.end
-    for i, rank in ends[:, :k].nonzero().tolist():
+    done = ends if length < beam.longest else torch.ones_like(ends)
+    for i, rank in done[:, :k].nonzero().tolist():
         if top[i, rank] > -torch.inf:
-            row = i * k + int(place[i, rank]) // vocabulary
-            best[i].add(float(top[i, rank]) / length**beam.length_penalty, tokens[1:, row].tolist())
+            row, word = divmod(int(place[i, rank]), vocabulary)
+            said = tokens[1:, i * k + row].tolist() + ([] if ends[i, rank] else [word])
+            best[i].add(float(top[i, rank]) / length**beam.length_penalty, said)
     # The first k that do not end, in their order: a stable sort puts those that end behind.
     order = ends.long().argsort(dim=1, stable=True)[:, :k]
     scores = top.gather(1, order).masked_fill(ends.gather(1, order), -torch.inf)

@@ -56,6 +56,8 @@ def load(
         place = tokenizer or (source if (source / "tokenizer.json").is_file() else None)
     else:
         run = read_native(source)
+        if run.model.family != "causal":
+            raise ValueError(_cannot(source, run.model.family))
         model = custom.build(run.state, run.model, run.resolved, dtype=dtype)
         place = tokenizer or (Path(run.tokenizer) if run.tokenizer else None)
     return Generator(model.to(device).eval(), None if place is None else load_tokenizer(place), source)
@@ -66,9 +68,16 @@ def _exported(folder: Path, dtype: torch.dtype) -> Any:
 
     from megnorm.hf.modeling_megnorm import MegnormForCausalLM
 
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    cls = MegnormForCausalLM if model_type == "megnorm" else AutoModelForCausalLM
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = fields.get("model_type") == "megnorm"
+    if own and fields.get("family", "causal") != "causal":
+        raise ValueError(_cannot(folder, fields["family"]))
+    cls = MegnormForCausalLM if own else AutoModelForCausalLM
     return cls.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
+
+
+def _cannot(source: Path, family: str) -> str:
+    return f"{source}: model.family={family} does not continue texts; give a causal model"
 
 
 def generate(generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:

@@ -14,6 +14,8 @@ class KernelConfig:
     gradients, on a small example; one that differs, or does not run, refuses.
     compile: on accelerators let PyTorch's compiler join what nobody has a kernel for: norms of other kinds with the sums beside
     them, activations. Every shape is compiled when it is first met.
+    graphs: capture every block as a CUDA graph before the first step, so that the host starts it with one call; docs/gpu.md
+    says what this asks of a run.
     fp8: the recipe by which Transformer Engine's linear layers in the blocks quantize: "current" (a scale for a tensor, of its
     own largest value), "delayed" (of the largest values seen lately, which checkpoints hold), "block" (128 x 128 and 1 x 128)
     or "mxfp8". None: they multiply in the working precision.
@@ -24,5 +26,6 @@ class KernelConfig:
     deterministic: bool = False
     check: bool = True
     compile: bool = False
+    graphs: bool = False
     fp8: Literal["current", "delayed", "block", "mxfp8"] | None = None
     fp8_spare: tuple[int, int] = (0, 0)

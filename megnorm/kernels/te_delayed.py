@@ -114,6 +114,8 @@ class Delayed:
 def refuse(need: Need) -> Refusal:
     if need.quantize != RECIPE:
         return "serves delayed scaling alone"
+    if need.capture:
+        return "keeps what a graph would not see (kernels.graphs)"
     return refuse_product(need)
 
 

@@ -30,6 +30,8 @@ EXPERTS = library(
 def refuse_grouped(need: Need) -> Refusal:
     if need.quantize == "delayed":
         return "keeps one history for all experts, of which some see no token; use another recipe of kernels.fp8"
+    if need.capture:
+        return "counts rows on the host (kernels.graphs)"
     if need.features == (0, 0):
         return "is not told the sizes of its products"
     return refuse_product(need) or EXPERTS.missing()
@@ -77,6 +79,8 @@ def make_grouped_gemm(need: Need) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def refuse_permutation(need: Need) -> Refusal:
+    if need.capture:
+        return "counts rows on the host (kernels.graphs)"
     if need.dtype == torch.float64:
         return "is compared with the reference in fp32 and below"
     return on_cuda(need, EXPERTS)

@@ -13,12 +13,12 @@ from megnorm.kernels.registry import Need, Refusal, offer
 Permutation = tuple[Callable[..., tuple[Tensor, Any]], Callable[..., Tensor]]
 
 
-def _serves_all(need: Need) -> None:
-    return None
+def _refuse_capture(need: Need) -> Refusal:
+    return "counts rows on the host (kernels.graphs)" if need.capture else None
 
 
 def _refuse_quantized(need: Need) -> Refusal:
-    return "multiplies in the dtype of activations" if need.quantize else None
+    return "multiplies in the dtype of activations" if need.quantize else _refuse_capture(need)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -101,7 +101,7 @@ class _ContiguousGradient(torch.autograd.Function):
         return grad.contiguous()
 
 
-@offer("permute", "torch", 0, _serves_all)
+@offer("permute", "torch", 0, _refuse_capture)
 def make_permutation(need: Need) -> Permutation:
     """(there, back):
 

@@ -121,7 +121,6 @@ def make_attention(need: Need) -> Callable[..., Tensor]:
                 num_gqa_groups=need.kv_heads,
                 attention_dropout=dropout,
                 qkv_format="sbhd",
-                attn_mask_type="causal" if need.causal else "no_mask",
                 tp_size=1,
             )
         return built[dropout]
@@ -137,7 +136,7 @@ def make_attention(need: Need) -> Callable[..., Tensor]:
         causal: bool = True,
         bias: Tensor | None = None,
     ) -> Tensor:
-        assert causal == need.causal and bias is None, "what the layer asked for when it was built"
+        assert (need.causal or not causal) and bias is None, "what the layer asked for when it was built"
         out: Tensor
         if documents is not None:
             ends, longest = boundaries(documents, q.device)
@@ -154,8 +153,9 @@ def make_attention(need: Need) -> Callable[..., Tensor]:
             )
         elif mask is not None:  # ours says who may look and holds causality; its own says who may not
             out = core(dropout)(q, k, v, attention_mask=~mask, attn_mask_type="arbitrary")
-        else:
-            out = core(dropout)(q, k, v)
+        else:  # a decoder's next token, too, sees all that is cached
+            assert not causal or len(q) == len(k), "causality would be aligned otherwise"
+            out = core(dropout)(q, k, v, attn_mask_type="causal" if causal else "no_mask")
         return out.reshape(q.shape)
 
     return attention

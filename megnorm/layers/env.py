@@ -64,8 +64,9 @@ class Env:
         return self.compute or self.dtype
 
     def _need(self, op: str, detail: dict[str, Any]) -> Need:
-        strict, compiled = self.kernels.deterministic, self.kernels.compile
-        return Need(op, self.device.type, self.working, deterministic=strict, compiled=compiled, **detail)
+        k = self.kernels
+        given = {"deterministic": k.deterministic, "compiled": k.compile, "capture": k.graphs, **detail}
+        return Need(op, self.device.type, self.working, **given)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -18,9 +18,11 @@ from megnorm.layers.env import Env
 from megnorm.layers.recompute import running
 from megnorm.parallel.collectives import (
     all_gather,
+    begin_all_gather,
+    begin_all_reduce,
+    begin_reduce_scatter,
     copy_to,
     gather_sequence,
-    reduce_scatter,
     scatter_sequence,
     sum_from,
 )
@@ -56,7 +58,11 @@ class Share:
 
 
 class _GatherLinear(torch.autograd.Function):
-    """F.linear(all_gather(x), weight, bias), gathering again in backward unless the gathered input is kept."""
+    """F.linear(all_gather(x), weight, bias), gathering again in backward unless the gathered input is kept.
+
+    Backward multiplies while tokens travel: the input is gathered beside the product for its gradient, and that gradient is
+    scattered beside the product for the weight's.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, keep: bool) -> Tensor:
@@ -68,10 +74,31 @@ class _GatherLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, weight = ctx.saved_tensors
-        full = saved if ctx.keep else all_gather(saved, ctx.axis)
-        dx = reduce_scatter(grad @ weight, ctx.axis)
+        gathering = None if ctx.keep else begin_all_gather(saved, ctx.axis)
+        whole = grad @ weight
+        full = saved if gathering is None else gathering.wait()
+        scattering = begin_reduce_scatter(whole, ctx.axis)
         rows = grad.flatten(0, -2)
-        return dx, rows.t() @ full.flatten(0, -2), rows.sum(0) if ctx.bias else None, None, None
+        dweight = rows.t() @ full.flatten(0, -2)
+        return scattering.wait(), dweight, rows.sum(0) if ctx.bias else None, None, None
+
+
+class _CopyLinear(torch.autograd.Function):
+    """F.linear of what all ranks of the axis have; backward sums its gradient beside the product for the weight's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis, ctx.bias = axis, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        summing = begin_all_reduce(grad @ weight, ctx.axis)
+        rows = grad.flatten(0, -2)
+        dweight = rows.t() @ x.flatten(0, -2)
+        return summing.wait(), dweight, rows.sum(0) if ctx.bias else None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -113,7 +140,9 @@ class ColumnParallelLinear(nn.Module):
             return y
         if self.mesh.sequence_parallel:
             return _GatherLinear.apply(x, self.weight, self.bias, self.mesh.tp, self.mesh.keep_gathered)
-        return F.linear(copy_to(x, self.mesh.tp), self.weight, self.bias)
+        if self.mesh.tp.size > 1:
+            return _CopyLinear.apply(x, self.weight, self.bias, self.mesh.tp)
+        return F.linear(x, self.weight, self.bias)
 
 
 def _product(inside: int, outside: int, biased: bool, env: Env) -> Callable[..., Any] | None:

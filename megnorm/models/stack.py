@@ -1,6 +1,7 @@
 """A stack of layers with its embedding and final norm, or the slice of it that one pipeline stage holds."""
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -44,9 +45,9 @@ class Stack(nn.Module):
         if cfg.relative_buckets is not None:
             tie = None if self.begins and self.ends else f"{name}relative"
             self.relative = RelativeBias(cfg, env, bidirectional=not causal, tie=tie, copy=not self.begins)
+        block = partial(Block, stack=name, causal=causal, cross=cross)
         made = {
-            str(i): Block(resolved.layers[i], cfg, env.block(i, len(resolved.layers)), i, stack=name, cross=cross)
-            for i in range(begin, end)
+            str(i): block(resolved.layers[i], cfg, env.block(i, len(resolved.layers)), i) for i in range(begin, end)
         }
         self.blocks = nn.ModuleDict(made)
         if self.ends:

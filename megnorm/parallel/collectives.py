@@ -6,7 +6,7 @@ collectives below.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,49 @@ def wait_for(work: Pending, what: str, axis: str, size: int) -> None:
     RECORDER.begin(what, axis, size)
     work.wait()
     RECORDER.end()
+
+
+class Started(NamedTuple):
+    """A collective that computation goes on beside. given: what it sends, which must live until then."""
+
+    result: Tensor
+    work: Pending
+    given: Tensor
+    what: str
+    axis: str
+    size: int
+
+    def wait(self) -> Tensor:
+        wait_for(self.work, self.what, self.axis, self.size)
+        return self.result
+
+
+def begin_all_gather(x: Tensor, axis: Axis) -> Started:
+    """``all_gather`` over an axis of several ranks, not waited for."""
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    work: Pending
+    if messages.serve(x):
+        own_slice(out, axis).copy_(x)
+        work = messages.start_all_gather(out, axis)
+    else:
+        x = x.contiguous()
+        work = _all_gather(out, x, group=axis.group, async_op=True)
+    return Started(out, work, x, "all_gather", axis.name, out.nbytes)
+
+
+def begin_reduce_scatter(x: Tensor, axis: Axis) -> Started:
+    """``reduce_scatter`` over an axis of several ranks, not waited for."""
+    x = x.contiguous()
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    return Started(out, start_reduce_scatter(x, out, axis), x, "reduce_scatter", axis.name, x.nbytes)
+
+
+def begin_all_reduce(x: Tensor, axis: Axis) -> Started:
+    """``all_reduce`` over an axis of several ranks, in place and not waited for."""
+    x = x.contiguous()
+    work = start_all_reduce(x, axis)
+    assert work is not None, "an axis of one rank has nothing to sum"
+    return Started(x, work, x, "all_reduce", axis.name, x.nbytes)
 
 
 def start_all_reduce(x: Tensor, axis: Axis) -> Pending | None:

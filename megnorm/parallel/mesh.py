@@ -6,14 +6,16 @@ A mesh is passed as an argument; there is no global state. An axis of size 1 has
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from types import MappingProxyType
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megnorm.parallel import nccl
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,40 @@ def build_mesh(
     sequence_parallel: bool = False,
     keep_gathered: bool = False,
     ties: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    timeout: float | None = None,
 ) -> Mesh:
     """The mesh over all ranks of the default process group, which must be pp * dp * tp (``plan`` has checked that).
 
-    ep: divides dp. ties: by name, the pp ranks that share something.
+    ep: divides dp. ties: by name, the pp ranks that share something. timeout: seconds, of every collective; None: torch's.
     """
     if tp * pp * dp == 1:
         return Mesh(device=device)
-    everyone = dist.group.WORLD
-    axes = _axes(everyone, tp, pp, dp, ep, max(1, tp // kv_heads), device.type)
+    how = How(dist.group.WORLD, device.type, timeout)
+    axes = _axes(how, tp, pp, dp, ep, max(1, tp // kv_heads))
     lines = _pipelines(pp, dp * tp)
-    ends = _tie(everyone, lines, "ends", (0, pp - 1)) if pp > 1 else Axis("ends")
-    lanes = _lanes(everyone, lines) if device.type == "cuda" and pp > 1 else {}
-    tied = {name: _tie(everyone, lines, name, ranks) for name, ranks in sorted(ties.items())}
+    ends = _tie(how, lines, "ends", (0, pp - 1)) if pp > 1 else Axis("ends")
+    lanes = _lanes(how, lines) if device.type == "cuda" and pp > 1 else {}
+    tied = {name: _tie(how, lines, name, ranks) for name, ranks in sorted(ties.items())}
     return Mesh(*axes, ends, tied, lanes, device, sequence_parallel and tp > 1, keep_gathered)
+
+
+@dataclass(frozen=True)
+class How:
+    """How groups are made. everyone: the default group, of whose life they are."""
+
+    everyone: dist.ProcessGroup | None
+    device_type: str = "cpu"
+    timeout: float | None = None
+
+    def own_group(self, members: Sequence[Sequence[int]], name: str) -> dist.ProcessGroup | None:
+        """Make all these groups of the axis ``name``, which every rank must do; the one that this rank is in."""
+        own, limit = None, None if self.timeout is None else timedelta(seconds=self.timeout)
+        for ranks in members:
+            options = nccl.options(name, self.device_type, limit)
+            group = dist.new_group(list(ranks), timeout=limit, pg_options=options, group_desc=f"megnorm {name}")
+            if dist.get_rank() in ranks:
+                own = group
+        return own
 
 
 def _pipelines(pp: int, width: int) -> tuple[tuple[int, ...], ...]:
@@ -99,58 +121,40 @@ def _pipelines(pp: int, width: int) -> tuple[tuple[int, ...], ...]:
 
 
 @functools.cache
-def _tie(
-    everyone: dist.ProcessGroup | None, lines: tuple[tuple[int, ...], ...], name: str, places: tuple[int, ...]
-) -> Axis:
+def _tie(how: How, lines: tuple[tuple[int, ...], ...], name: str, places: tuple[int, ...]) -> Axis:
     """The ranks at these places of this rank's pipeline, if it is one of them."""
     if len(places) == 1:
         return Axis(name)
-    group = _own_group([[line[place] for place in places] for line in lines])
+    group = how.own_group([[line[place] for place in places] for line in lines], name)
     return Axis(name) if group is None else Axis(name, len(places), dist.get_rank(group), group)
 
 
 @functools.cache
-def _lanes(
-    everyone: dist.ProcessGroup | None, lines: tuple[tuple[int, ...], ...]
-) -> dict[tuple[str, int], dist.ProcessGroup]:
+def _lanes(how: How, lines: tuple[tuple[int, ...], ...]) -> dict[tuple[str, int], dist.ProcessGroup]:
     """NCCL queues all messages of a pair of ranks and a group one behind the other, whatever their direction.
 
     A receive that is posted ahead would hold up a send that the other side waits for. In a lane every pair has messages
     in one direction only, and those are received in the order in which they are sent.
     """
-    made = {(kind, parity): _own_group([list(line) for line in lines]) for kind in "FB" for parity in (0, 1)}
+    made = {(kind, parity): how.own_group(lines, "pp") for kind in "FB" for parity in (0, 1)}
     return {key: group for key, group in made.items() if group is not None}
 
 
-def _own_group(members: list[list[int]]) -> dist.ProcessGroup | None:
-    """Make all these groups, which every rank must do; the one that this rank is in."""
-    own = None
-    for ranks in members:
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            own = group
-    return own
-
-
 @functools.cache
-def _axes(
-    everyone: dist.ProcessGroup | None, tp: int, pp: int, dp: int, ep: int, replicas: int, device_type: str
-) -> tuple[Axis, Axis, Axis, Axis, Axis, Axis]:
-    """The axes pp, dp, tp, kv, ep, edp over the ranks of ``everyone``. Groups cost threads: a layout is made once."""
-    names = ("pp", "edp", "ep", "head", "kv") if ep > 1 else ("pp", "dp", "head", "kv")
-    data = (dp // ep, ep) if ep > 1 else (dp,)
-    mesh = init_device_mesh(device_type, (pp, *data, tp // replicas, replicas), mesh_dim_names=names)
-    flat = mesh["head", "kv"]._flatten("tp")
-    replicated = mesh["edp", "ep"]._flatten("dp") if ep > 1 else mesh["dp"]
+def _axes(how: How, tp: int, pp: int, dp: int, ep: int, replicas: int) -> tuple[Axis, Axis, Axis, Axis, Axis, Axis]:
+    """The axes pp, dp, tp, kv, ep, edp. Groups cost threads: a layout is made once, and no group for a single rank."""
+    ranks = torch.arange(pp * dp * tp).view(pp, dp // ep, ep, tp // replicas, replicas)
 
-    def axis(name: str, source: DeviceMesh) -> Axis:
-        group = source.get_group()
-        size = dist.get_world_size(group)
-        return Axis(name, size, dist.get_rank(group), group if size > 1 else None)
+    def axis(name: str, *dims: int) -> Axis:
+        members = ranks.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).tolist()
+        if len(members[0]) == 1:
+            return Axis(name)
+        group = how.own_group(members, name)
+        return Axis(name, len(members[0]), dist.get_rank(group), group)
 
-    every = axis("dp", replicated)
-    experts = (axis("ep", mesh["ep"]), axis("edp", mesh["edp"])) if ep > 1 else (Axis("ep"), replace(every, name="edp"))
-    return axis("pp", mesh["pp"]), every, axis("tp", flat), axis("kv", mesh["kv"]), *experts
+    every = axis("dp", 1, 2)
+    edp = axis("edp", 1) if ep > 1 else replace(every, name="edp")
+    return axis("pp", 0), every, axis("tp", 3, 4), axis("kv", 4), axis("ep", 2), edp
 
 
 def stage_axis(mesh: Mesh) -> Axis:
@@ -160,11 +164,11 @@ def stage_axis(mesh: Mesh) -> Axis:
     if dp.size == 1 or tp.size == 1:
         group = tp.group if dp.size == 1 else dp.group
     else:
-        group = _stage_group(dist.group.WORLD, mesh.pp.size, width)
+        group = _stage_group(How(dist.group.WORLD, mesh.device.type), mesh.pp.size, width)
     return Axis("stage", width, dp.rank * tp.size + tp.rank, group)
 
 
 @functools.cache
-def _stage_group(everyone: dist.ProcessGroup | None, pp: int, width: int) -> dist.ProcessGroup | None:
+def _stage_group(how: How, pp: int, width: int) -> dist.ProcessGroup | None:
     stages = [list(range(stage * width, (stage + 1) * width)) for stage in range(pp)]
-    return everyone if pp == 1 else _own_group(stages)
+    return how.everyone if pp == 1 else how.own_group(stages, "stage")

@@ -13,10 +13,12 @@ from megnorm.config import RunConfig
 from megnorm.data.choose import Samples, open_split
 from megnorm.data.classes import ClassLoader
 from megnorm.kernels import backends, registry
+from megnorm.layers import graphs
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
 from megnorm.metrics.observe import Observer
 from megnorm.models.build import Model, build_model
+from megnorm.models.causal import Tokens
 from megnorm.optim.loss_scale import LossScale
 from megnorm.optim.optimizer import Optimizer
 from megnorm.parallel.collectives import all_reduce, gather_objects
@@ -76,6 +78,8 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
     adamw = backends.chosen(registry.Need("adamw", device.type, masters), config.kernels)[1]
     _agree_on_kernels(mesh)
     flat = flatten(plan, mesh, stages)
+    if config.kernels.graphs:
+        capture_blocks(plan, mesh, stages)
     return Run(
         plan,
         mesh,
@@ -125,6 +129,7 @@ def mesh_of(plan: Plan, device: torch.device) -> Mesh:
         sequence_parallel=plan.sequence_parallel,
         keep_gathered=parallel.keep_gathered,
         ties=plan.ties,
+        timeout=parallel.timeout,
     )
 
 
@@ -157,6 +162,16 @@ def build_stages(plan: Plan, mesh: Mesh) -> tuple[dict[int, Model], DropoutRng]:
     }
     share_copies(stages.values())
     return stages, rng
+
+
+def capture_blocks(plan: Plan, mesh: Mesh, stages: Mapping[int, Model]) -> None:
+    """kernels.graphs: of this rank's only stage, whose weights lie where they will stay. Raises PlanError on a CPU."""
+    if mesh.device.type != "cuda":
+        raise PlanError("kernels.graphs captures CUDA graphs, and there is no CUDA device; set kernels.graphs=false")
+    (stage,), t = stages.values(), plan.config.train
+    tokens = torch.zeros(t.sequence_length, t.micro_batch, dtype=torch.int64, device=mesh.device)
+    batch = Tokens(tokens, tokens, torch.ones(tokens.shape, device=mesh.device))
+    graphs.capture(list(graphs.blocks_of(stage)), lambda: stage(batch))
 
 
 def _region(config: RunConfig, mesh: Mesh) -> Callable[[], AbstractContextManager[None]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megnorm import config as configs
+from megnorm.hf import custom
 from megnorm.hf.families.registry import choose
 from megnorm.kernels import backends, check, libraries, registry
 from megnorm.models.count import active_parameters
@@ -107,12 +108,11 @@ def describe_pipeline(plan: Plan) -> list[str]:
 
 def native_target(plan: Plan) -> str:
     """The class that ``megnorm convert --to hf`` would choose."""
-    if plan.config.model.family != "causal":
-        return f"no class for model.family={plan.config.model.family} yet"
-    if plan.config.model.moe.experts:
-        return "none (model.moe)"
-    family, _ = choose(plan.config.model, plan.resolved)
-    return family.architecture if family else "MegnormForCausalLM (code travels with the model)"
+    model = plan.config.model
+    if custom.problem(model) is not None:
+        return "none; megnorm convert says why"
+    family, _ = choose(model, plan.resolved)
+    return family.architecture if family else f"{custom.architecture(model.family)} (code travels with the model)"
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:

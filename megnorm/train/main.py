@@ -20,7 +20,7 @@ from megnorm.kernels import registry
 from megnorm.metrics.sinks import Sinks
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, from_json
-from megnorm.parallel import launch
+from megnorm.parallel import launch, nccl
 from megnorm.plan import Plan, PlanError, make_plan
 from megnorm.train import profile, state
 from megnorm.train.agree import gathered
@@ -94,6 +94,8 @@ def _train(args: argparse.Namespace, where: launch.World) -> int:
 def _run(args: argparse.Namespace, config: configs.RunConfig, where: launch.World) -> int:
     launch.set_threads(where, config.train.threads)
     torch.manual_seed(config.train.seed)
+    kernels = config.kernels
+    nccl.prepare(tp=config.parallel.tp, deterministic=kernels.deterministic, graphs=kernels.graphs)
     device = launch.device_of(where)
     if config.kernels.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without

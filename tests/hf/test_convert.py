@@ -13,7 +13,8 @@ from safetensors import safe_open
 from megnorm import cli
 from megnorm.data import tokenizer as tokenizers
 from megnorm.hf.card import Card
-from megnorm.hf.convert import LogitMismatch, from_hf, to_hf
+from megnorm.hf.compare import LogitMismatch
+from megnorm.hf.convert import from_hf, to_hf
 from megnorm.hf.native import native_forward, read_native, write_native
 from tests.hf.tiny import made, reload, tokens
 

@@ -1,5 +1,6 @@
 """Tiny models with random weights, gains and biases included, so that a misplaced one shows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from megnorm.hf import custom
 from megnorm.models.config import ModelConfig, RopeScaling
+from megnorm.models.family import resolve_model
 from megnorm.norms.config import NormConfig
-from megnorm.norms.resolve import Resolved, resolve
+from megnorm.norms.resolve import Resolved
 
 SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocab_size": 61}
 
@@ -43,7 +45,7 @@ def random_state(model: ModelConfig, resolved: Resolved, seed: int = 0) -> dict[
 
 def made(scheme: str, kind: str = "rmsnorm", **changes: Any) -> tuple[ModelConfig, Resolved, dict[str, Tensor]]:
     model = tiny(scheme, kind, **changes)
-    resolved = resolve(model.norm, model.layers)
+    resolved = resolve_model(model)
     return model, resolved, random_state(model, resolved)
 
 
@@ -53,6 +55,11 @@ def tokens(model: ModelConfig, batch: int = 2, length: int = 11, seed: int = 1) 
 
 def reload(folder: Path, **options: Any) -> Any:
     """What a user gets from transformers."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    return (
+        getattr(transformers, custom.door(architecture))
+        .from_pretrained(folder, trust_remote_code=True, **options)
+        .eval()
+    )

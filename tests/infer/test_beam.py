@@ -139,7 +139,7 @@ def test_the_search_ends_when_nothing_better_can_come() -> None:
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.5])
 def test_a_wide_beam_finds_the_best_of_all(penalty: float) -> None:
-    """4 words of which one ends, up to 4 long: 3^3 hypotheses at most that go on."""
+    """4 words of which one ends, up to 4 long: 3^3 hypotheses at most that go on; those cut off count too."""
     cfg = replace(TINY, vocab_size=4)
     model, (source, real) = model_of(cfg, seed=1), sources(2)
     source = source % 4
@@ -147,12 +147,13 @@ def test_a_wide_beam_finds_the_best_of_all(penalty: float) -> None:
     for column in range(2):
         memory, mine = model.encode(source[:, [column]], real[:, [column]]), real[:, [column]]
         best: tuple[float, list[int]] = (-math.inf, [])
-        for length in range(4):
+        for length in range(5):
             for words in itertools.product((0, 1, 3), repeat=length):
+                whole = (*words, END)[:4]
                 tokens = torch.tensor([START, *words])[:, None]
                 with torch.no_grad():
                     logp = model.scores(tokens, memory, mine)[:, 0].log_softmax(-1)
-                score = float(sum(logp[i, word] for i, word in enumerate((*words, END)))) / (length + 1) ** penalty
+                score = float(sum(logp[i, word] for i, word in enumerate(whole))) / len(whole) ** penalty
                 best = max(best, (score, list(words)))
         assert found[column] == best[1]
 

@@ -37,6 +37,13 @@ def test_agrees_with_the_reference(offer: registry.Offer) -> None:
         assert faking.CALLS, "the library was not called"
 
 
+def test_every_offer_is_under_one_of_the_tests() -> None:
+    """Libraries: here. Ours in Triton: test_triton.py. The compiler's and PyTorch's own: test_registry.py."""
+    ours = {"torch", "torch_grouped", "triton", "compiled"}
+    others = {offer.backend for offer in registry.offers()} - {offer.backend for offer in BORROWED}
+    assert others == ours, "a backend that no test goes over"
+
+
 @pytest.mark.parametrize(
     "offer", [o for o in BORROWED if o.op == "attention"], ids=lambda o: f"{o.backend}{o.priority}"
 )

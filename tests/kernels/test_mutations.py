@@ -119,7 +119,10 @@ MISTAKES: dict[str, Mistake] = {
         TE_ATTENTION, TE_CALL, method(lambda *qkv: tuple(x.transpose(0, 1) for x in qkv)), DENSE
     ),
     "bottom-right for top-left": Mistake(
-        TE_ATTENTION, (TE, "DotProductAttention", "__init__"), given(attn_mask_type="causal_bottom_right"), DENSE
+        TE_ATTENTION, TE_CALL, given(attn_mask_type="causal_bottom_right"), DENSE
+    ),
+    "causal for both sides": Mistake(
+        TE_ATTENTION, TE_CALL, given(attn_mask_type="causal"), lambda need: DENSE(need) and not need.causal
     ),
     "heads taken for apart": Mistake(
         TE_ATTENTION, TE_CALL, result(lambda y: y.unflatten(-1, (-1, 6)).transpose(-1, -2).flatten(-2)), DENSE

@@ -103,7 +103,9 @@ class Family:
     """One class of transformers. A subclass says what it accepts and how its config and tensors look.
 
     windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
-    names: canonical name -> theirs, ``{i}`` for the layer index; both directions of the conversion read it.
+    family, experts: of what models it is a class.
+    names: canonical name -> theirs, ``{i}`` for the layer index, ``{e}`` for an expert's; both directions of the conversion
+    read it.
     """
 
     architecture: str
@@ -112,11 +114,17 @@ class Family:
     windows: Windows = "none"  # layers may have one: none, all alike, each as it likes
     two_thetas = False
     softcaps = False
+    family = "causal"  # model.family
+    experts = False
 
     @property
     def name(self) -> str:
         """transformers' model_type: the class's name in lower case, but for the oldest."""
         return self.architecture.removesuffix("ForCausalLM").lower()
+
+    def serves(self, model: ModelConfig) -> bool:
+        """Whether it is a class for such models at all: of their family, with experts or without."""
+        return self.family == model.family and self.experts == (model.moe.experts > 0)
 
     def prepare(self, resolved: Resolved, state: State) -> tuple[Resolved, State]:
         """A further exact rewrite that this class needs; before ``accepts``."""
@@ -189,8 +197,9 @@ class Family:
         table = []
         for ours, theirs in self.names.items():
             for i in range(model.layers) if "{i}" in ours else range(1):
-                for kind in ("weight", "bias"):
-                    table.append((f"{ours.format(i=i)}.{kind}", f"{theirs.format(i=i)}.{kind}"))
+                for e in range(model.moe.experts) if "{e}" in ours else range(1):
+                    for kind in ("weight", "bias"):
+                        table.append((f"{ours.format(i=i, e=e)}.{kind}", f"{theirs.format(i=i, e=e)}.{kind}"))
         return table
 
 

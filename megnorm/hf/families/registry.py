@@ -2,10 +2,12 @@
 
 from megnorm.hf.families.alibi import Bloom, Mpt
 from megnorm.hf.families.base import Family
+from megnorm.hf.families.bert import BertClasses, BertMasked, RobertaClasses, RobertaMasked
 from megnorm.hf.families.gemma2 import Gemma2, Gemma3
 from megnorm.hf.families.gpt2 import GPT2, GPTBigCode
 from megnorm.hf.families.llama import Llama, Ministral, Mistral, Qwen2, Qwen3
 from megnorm.hf.families.minimax import MiniMax
+from megnorm.hf.families.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
 from megnorm.hf.families.olmo import Olmo2
 from megnorm.hf.families.opt import OPTPostLN, OPTPreLN
 from megnorm.hf.fold import fold
@@ -15,6 +17,7 @@ from megnorm.norms.resolve import Resolved
 FAMILIES: tuple[Family, ...] = (
     *(Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), Olmo2(), Gemma2(), Gemma3()),
     *(GPT2(), GPTBigCode(), OPTPostLN(), OPTPreLN(), Bloom(), Mpt(), MiniMax()),
+    *(Mixtral(), Olmoe(), Qwen3Moe(), Qwen2Moe(), BertMasked(), BertClasses(), RobertaMasked(), RobertaClasses()),
 )
 
 
@@ -26,6 +29,8 @@ def choose(model: ModelConfig, resolved: Resolved) -> tuple[Family | None, dict[
     plain_model, plain, _ = fold(model, resolved)
     reasons: dict[str, str] = {}
     for family in FAMILIES:
+        if not family.serves(model):
+            continue
         prepared, _ = family.prepare(plain, {})
         reason = family.accepts(plain_model, prepared)
         if reason is None:
@@ -34,10 +39,15 @@ def choose(model: ModelConfig, resolved: Resolved) -> tuple[Family | None, dict[
     return None, reasons
 
 
-def by_model_type(model_type: str, *, before: bool = False) -> Family:
-    """The family that reads a config.json of this ``model_type``; before: its Pre-LN form. Raises ValueError."""
+def by_model_type(model_type: str, architecture: str = "", *, before: bool = False) -> Family:
+    """The family that reads a config.json of this ``model_type`` and class; before: its Pre-LN form. Raises ValueError."""
     found = [family for family in FAMILIES if family.name == model_type]
     if not found:
         known = sorted({family.name for family in FAMILIES} | {"megnorm"})
         raise ValueError(f"config.json: model_type '{model_type}' cannot be read; megnorm reads {', '.join(known)}")
+    named = [family for family in found if family.architecture == architecture]
+    if not named and found[0].family != "causal":
+        known = sorted(family.architecture for family in found)
+        raise ValueError(f"config.json: class '{architecture}' cannot be read; megnorm reads {', '.join(known)}")
+    found = named or found
     return found[-1] if before else found[0]
