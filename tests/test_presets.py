@@ -131,8 +131,11 @@ def test_a_twin_has_the_options_of_its_preset(name: str) -> None:
     assert small.train.out == f"{large.train.out}-tiny"
 
 
+SAME = ("deepnet_opus_100_100", "deepnet_3.2b")  # twins like that of deepnet_100_100
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in SAME])
 def test_a_twin_trains(name: str, tmp_path: Path) -> None:
     """On made-up data, since the text of its own would have to be tokenized."""
     overrides: dict[str, Any] = {
