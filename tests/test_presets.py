@@ -155,7 +155,7 @@ def test_a_twin_trains(name: str, tmp_path: Path) -> None:
         )
     if name == "roberta_base":
         tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
-        overrides |= {"data.tokenizer": tokenizer, "data.mask.token": "[MASK]", "optim.lr": 3e-3}
+        overrides |= {"data.tokenizer": tokenizer, "data.mask.token": "'[MASK]'", "optim.lr": 3e-3}
     words = [f"{key}={value}" for key, value in overrides.items()]
     assert main(["train", "--config", str(PAPERS / f"{name}-tiny.yaml"), *words]) == 0
     curve = losses(tmp_path / "run")

@@ -73,7 +73,7 @@ def _direction(
         )
     sizes = [np.diff(side.document_starts()).astype(np.int64) for side in (source, target)]
     longer = np.maximum(sizes[0] + (tag is not None and options.tag_on == "source"), sizes[1])
-    kept = np.flatnonzero((np.minimum(*sizes) > 0) & (longer <= options.longest))
+    kept = np.flatnonzero((np.minimum(*sizes) > 0) & (longer <= options.longest)).astype(np.int64)
     if not len(kept):
         raise DataError(
             f"{path}: none of its {counts[0]} pairs has two sides of 1 to data.pairs.longest={options.longest} tokens."

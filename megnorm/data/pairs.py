@@ -148,10 +148,14 @@ class PairLoader:
             source, target = (
                 np.concatenate(side.document(number - one.first)).astype(np.int64) for side in (one.source, one.target)
             )
-            before = one.tag is not None and self.options.tag_on == "source"
-            sources.append(np.concatenate([[one.tag], source]) if before else source)
+            start = self.start
+            if one.tag is not None and self.options.tag_on == "target":
+                start = one.tag
+            elif one.tag is not None:
+                source = np.concatenate([[one.tag], source])
+            sources.append(source)
             targets.append(target)
-            starts.append(self.start if one.tag is None or before else one.tag)
+            starts.append(start)
         return collate(sources, targets, start=starts, pad=self.pad)
 
     def state(self, consumed_samples: int) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def translate(
     Raises ValueError for a line that is longer than the model takes, and for a language that it does not know.
     """
     language = one.target(to)
-    front = []
+    front: list[int] = []
     if language is not None and one.tag_on == "source":
         front = [one.tags[language]]
     elif language is not None:
