@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from megnorm.data.batch import ClassBatch
 from megnorm.data.config import DataConfig
-from megnorm.data.denoising import id_of, tokenizer_of
 from megnorm.data.documents import decompress
 from megnorm.data.errors import DataError, require_same
 from megnorm.data.pairs import own_path
 from megnorm.data.samples import key, permute
+from megnorm.data.tokenizer import id_of, tokenizer_of
 
 
 def read_examples(

@@ -59,12 +59,30 @@ class PairConfig:
     """Translation pairs, bucketed by length. sides: what stands behind a prefix of data.path for source and target.
 
     tokens_per_batch: most padded tokens of a bucket, on its longer side; a sample of this task is one bucket, so
-    train.global_batch counts buckets. longest: pairs with a longer side are left out and counted.
+    train.global_batch counts buckets. longest: pairs with a longer side (its tag included) are left out and counted.
+
+    data.path may have several prefixes. languages: source and target of each, as in [[en, de], [en, fr]]; then ``tag``, with
+    the target's name in the place of {}, names a token that stands before the source, or with which the decoder begins
+    (tag_on: target). both_ways: every prefix is read backwards too.
+    temperature: T of the share (n_i / sum n)^(1 / T) that a direction of n_i pairs has of an epoch; 1: what it has.
     """
 
     sides: tuple[str, str] = ("_0", "_1")
     tokens_per_batch: int = 4096
     longest: int = 512
+    languages: tuple[tuple[str, str], ...] = ()
+    both_ways: bool = False
+    tag: str = "<2{}>"
+    tag_on: Literal["source", "target"] = "source"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.temperature < float("inf"):
+            raise ValueError(f"data.pairs.temperature is {self.temperature}; give a number from 1 (no change) up")
+        if self.both_ways and not self.languages:
+            raise ValueError("data.pairs.both_ways needs tags that tell the target; name data.pairs.languages")
+        if "{}" not in self.tag:
+            raise ValueError(f"data.pairs.tag is {self.tag}; write {{}} where the language stands, as in <2{{}}>")
 
 
 @dataclass(frozen=True)

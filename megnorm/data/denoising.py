@@ -14,7 +14,7 @@ from megnorm.data.loader import Loader
 from megnorm.data.pairs import collate
 from megnorm.data.samples import key
 from megnorm.data.tasks import corrupt_spans, mask
-from megnorm.data.tokenizer import HuggingFace, Tokenizer, load
+from megnorm.data.tokenizer import HuggingFace, id_of, tokenizer_of
 
 SPECIAL = (
     "[PAD]",
@@ -43,21 +43,6 @@ def word_table(tokenizer: HuggingFace, size: int) -> tuple[NDArray[np.bool_], ND
     if not begins.any():
         raise DataError("the tokenizer does not tell where words begin: use data.mask.unit=token.")
     return special, begins
-
-
-def tokenizer_of(config: DataConfig) -> Tokenizer:
-    """The tokenizer that a task needs, for the ids of its marks."""
-    if config.tokenizer is None:
-        raise DataError(f"data.tokenizer is needed for data.task={config.task}: it tells the ids of its marks.")
-    return load(config.tokenizer)
-
-
-def id_of(tokenizer: Tokenizer, name: str, key: str) -> int:
-    """The id of a named token; ``key`` of the config names it."""
-    number = tokenizer.token_id(name)
-    if number is None:
-        raise DataError(f"{key}: the tokenizer has no token {name}: name one that it has, or use another tokenizer.")
-    return number
 
 
 class MaskedLoader:

@@ -11,6 +11,7 @@ NAMES = {
     "row": "data.mask.begin or data.mask.end",
     "tokens_per_batch": "data.pairs.tokens_per_batch",
     "longest": "data.pairs.longest",
+    "mixture": "the mixture of directions (data.pairs.temperature, tag_on, ids of tags)",
     "content": "the content of data.path",
 }
 

@@ -11,16 +11,20 @@ from numpy.typing import NDArray
 from megnorm.data.batch import PairBatch
 from megnorm.data.config import MULTIPLE, DataConfig, padded_length
 from megnorm.data.errors import DataError, require_same
-from megnorm.data.loader import open_tokens
+from megnorm.data.languages import drawn, open_directions
 from megnorm.data.samples import key
 
 POOL = 100  # buckets that are sorted by length together
 
 
 def collate(
-    sources: Sequence[NDArray[np.int64]], targets: Sequence[NDArray[np.int64]], *, start: int, pad: int
+    sources: Sequence[NDArray[np.int64]],
+    targets: Sequence[NDArray[np.int64]],
+    *,
+    start: int | Sequence[int],
+    pad: int,
 ) -> PairBatch:
-    """Pad to the longest; the decoder reads start and then its labels up to the last but one."""
+    """Pad to the longest; the decoder reads start (of all, or of each) and then its labels up to the last but one."""
 
     def pack(rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         longest = padded_length(max(len(row) for row in rows))
@@ -35,10 +39,10 @@ def collate(
 
 
 class PairLoader:
-    """Pairs out of two data sets with the same documents, as ``preprocess --keys`` writes them.
+    """Pairs out of two data sets with the same documents, as ``preprocess --keys`` writes them, for one language or several.
 
     A sample is one bucket: pairs of like length, of at most data.pairs.tokens_per_batch padded tokens. ``dropped`` counts
-    pairs that were left out: longer than data.pairs.longest, or with an empty side.
+    pairs that were left out: longer than data.pairs.longest, or with an empty side. Pairs are numbered over all directions.
     """
 
     def __init__(
@@ -52,16 +56,9 @@ class PairLoader:
         samples: int | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        path, options = own_path(config, split), config.pairs
+        options = config.pairs
         self.seed, self.options = seed, options
         self.pad, self.start = config.pad, config.pad if config.start is None else config.start
-        self.sides = [open_tokens(path + side, config, vocab_size).data for side in options.sides]
-        counts = [side.document_count for side in self.sides]
-        if counts[0] != counts[1]:
-            raise DataError(
-                f"{self.sides[0].prefix} has {counts[0]} documents, {self.sides[1].prefix} {counts[1]}: write both with one "
-                "run of megnorm preprocess, so that they stay side by side."
-            )
         if options.tokens_per_batch < padded_length(options.longest):
             raise DataError(
                 f"data.pairs.tokens_per_batch={options.tokens_per_batch} cannot hold a pair of data.pairs.longest="
@@ -71,35 +68,37 @@ class PairLoader:
             raise DataError(
                 f"data.pad={self.pad} and data.start={self.start} must be below {vocab_size}, model.vocab_size."
             )
-        sizes = [np.diff(side.document_starts()) for side in self.sides]
-        self.sizes = np.maximum(*sizes)
-        self.kept = np.flatnonzero((np.minimum(*sizes) > 0) & (self.sizes <= options.longest))
-        self.dropped = counts[0] - len(self.kept)
-        if not len(self.kept):
-            raise DataError(
-                f"{path}: none of its {counts[0]} pairs has two sides of 1 to data.pairs.longest={options.longest} tokens."
-            )
+        self.directions = open_directions(config, own_paths(config, split), vocab_size)
+        largest = max(-1 if one.tag is None else one.tag for one in self.directions)
+        if largest >= vocab_size:
+            raise DataError(f"data.pairs.tag is token id {largest}, model.vocab_size is {vocab_size}: make it larger.")
+        self.firsts = np.array([one.first for one in self.directions])
+        self.sizes = np.concatenate([one.sizes for one in self.directions])
+        self.kept = np.concatenate([one.first + one.kept for one in self.directions])
+        self.dropped = sum(one.dropped for one in self.directions)
         self._epoch: tuple[int, list[NDArray[np.int64]]] | None = None
         self._ends: list[int] = []  # buckets in all epochs up to each
         if state is not None:
             require_same(state, self._fixed())
 
     def _fixed(self) -> dict[str, Any]:
-        options = self.options
+        options, tags = self.options, [one.tag for one in self.directions]
         return {
             "task": "pairs",
             "seed": self.seed,
             "tokens_per_batch": options.tokens_per_batch,
             "longest": options.longest,
-            "content": [side.identity() for side in self.sides],
+            "content": [side.identity() for one in self.directions for side in (one.source, one.target)],
+            # A single direction without a tag has the state that it always had.
+            "mixture": None if tags == [None] else [options.temperature, options.tag_on, tags],
         }
 
     def buckets(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Document numbers of every bucket of an epoch: shuffled, sorted by length in pools, cut, shuffled again."""
+        """Numbers of the pairs in every bucket of an epoch: shuffled, sorted by length in pools, cut, shuffled again."""
         kept = self._epoch
         if kept is None or kept[0] != epoch:
             random = np.random.RandomState(key(self.seed, "pairs", epoch) % 2**32)
-            order = random.permutation(self.kept)
+            order = random.permutation(drawn(self.directions, self.options.temperature, self.seed, epoch))
             pool = max(1, POOL * self.options.tokens_per_batch // int(self.sizes[self.kept].mean() + 1))
             found: list[NDArray[np.int64]] = []
             for first in range(0, len(order), pool):
@@ -140,9 +139,24 @@ class PairLoader:
         return [self._pairs(first_sample + dp_rank * rows + i) for i in range(rows)]
 
     def _pairs(self, sample: int) -> PairBatch:
-        documents = self._bucket(sample).tolist()
-        sides = [[np.concatenate(side.document(i)).astype(np.int64) for i in documents] for side in self.sides]
-        return collate(sides[0], sides[1], start=self.start, pad=self.pad)
+        """A bucket; its pairs may be of several directions."""
+        bucket = self._bucket(sample)
+        sources, targets, starts = [], [], []
+        places = np.searchsorted(self.firsts, bucket, side="right") - 1
+        for number, place in zip(bucket.tolist(), places.tolist(), strict=True):
+            one = self.directions[place]
+            source, target = (
+                np.concatenate(side.document(number - one.first)).astype(np.int64) for side in (one.source, one.target)
+            )
+            start = self.start
+            if one.tag is not None and self.options.tag_on == "target":
+                start = one.tag
+            elif one.tag is not None:
+                source = np.concatenate([[one.tag], source])
+            sources.append(source)
+            targets.append(target)
+            starts.append(start)
+        return collate(sources, targets, start=starts, pad=self.pad)
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """JSON for a checkpoint."""
@@ -151,16 +165,23 @@ class PairLoader:
 
 def own_path(config: DataConfig, split: str) -> str:
     """The one path of a split, for tasks whose splits are files of their own."""
-    given = {"train": config.path, "valid": config.valid, "test": config.test}[split]
-    paths = (given,) if isinstance(given, str) else tuple(given)
-    name = "path" if split == "train" else split
-    if not paths:
-        remedy = ", or set train.eval_batches=0 to train without evaluation" if split == "valid" else ""
-        raise DataError(
-            f"data.{name} is empty: data.task={config.task} takes each split from a path of its own{remedy}."
-        )
+    paths = own_paths(config, split)
     if len(paths) > 1:
+        name = "path" if split == "train" else split
         raise DataError(
             f"data.{name} has {len(paths)} entries, data.task={config.task} takes one: join them (megnorm data merge)."
         )
     return paths[0]
+
+
+def own_paths(config: DataConfig, split: str) -> tuple[str, ...]:
+    """The paths of a split that is not cut out of another."""
+    given = {"train": config.path, "valid": config.valid, "test": config.test}[split]
+    paths = (given,) if isinstance(given, str) else tuple(given)
+    if not paths:
+        name = "path" if split == "train" else split
+        remedy = ", or set train.eval_batches=0 to train without evaluation" if split == "valid" else ""
+        raise DataError(
+            f"data.{name} is empty: data.task={config.task} takes each split from a path of its own{remedy}."
+        )
+    return paths

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megnorm.data.atomic import write_atomic
+from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError
 from megnorm.data.pieces import Pieces, applies
 
@@ -161,6 +162,21 @@ def load(path: str, *, eod: str | None = None) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{files[0]}: not a tokenizer file ({error}).") from None
     return HuggingFace(inner, eod or _eos_token(files[0].parent))
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """The tokenizer that a task needs, for the ids of its marks."""
+    if config.tokenizer is None:
+        raise DataError(f"data.tokenizer is needed for data.task={config.task}: it tells the ids of its marks.")
+    return load(config.tokenizer)
+
+
+def id_of(tokenizer: Tokenizer, name: str, key: str) -> int:
+    """The id of a named token; ``key`` of the config names it."""
+    number = tokenizer.token_id(name)
+    if number is None:
+        raise DataError(f"{key}: the tokenizer has no token {name}: name one that it has, or use another tokenizer.")
+    return number
 
 
 def files_of(path: str) -> list[Path]:

@@ -4,8 +4,13 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megnorm.infer.beam import Beam
+    from megnorm.infer.translate import Translator
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +72,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Judge a trained model (a run, a checkpoint, or an exported folder) by texts, and by tasks of lm-eval."
+        "Judge a trained model (run, checkpoint or exported folder) by texts, tasks of lm-eval, translations."
     )
     parser.add_argument("source", type=Path, help="run folder, checkpoint folder or Hugging Face folder")
     parser.add_argument("--text", nargs="+", default=[], help="JSONL files: perplexity by token, byte and word")
@@ -75,58 +80,135 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="", help="tasks of lm-eval, with commas between (needs megnorm[eval])")
     parser.add_argument("--include", type=Path, help="folder of task files beside lm-eval's own")
     parser.add_argument("--shots", type=int, help="examples in front of each question (default: as the task says)")
+    parser.add_argument(
+        "--task", choices=["translation"], help="BLEU and chrF of --pairs by an encoder-decoder (needs megnorm[eval])"
+    )
+    parser.add_argument("--pairs", type=Path, nargs="+", default=[], help="TSV files: text, translation")
     parser.add_argument("--limit", type=int, help="only the first of each file or task")
-    parser.add_argument("--batch", type=int, default=8, help="rows computed at a time (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: the model's own)")
+    parser.add_argument("--batch", type=int, help="rows computed at a time (default: 8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: the model's own)")
     parser.add_argument("--device", help="e.g. cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--out", type=Path, help="file that the results are appended to (default: eval.jsonl of a run)")
     parser.add_argument(
         "--follow", type=float, metavar="SECONDS",
         help="judge every checkpoint of a run while it trains, looking for new ones this often; ends with the run's last step",
     )  # fmt: skip
+    _add_beam_arguments(parser)
+
+
+def _add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("translation")
+    group.add_argument("--to", metavar="LANGUAGE", help="to translate to, where the model knows several")
+    group.add_argument(
+        "--target", metavar="LANGUAGE", help="of the references, e.g. zh: how sacrebleu cuts words (default: --to)"
+    )
+    group.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default: %(default)s)")
+    group.add_argument("--length-penalty", type=float, default=1.0, help="power of the length (default: %(default)s)")
+    group.add_argument("--longest", type=int, help="tokens of an output (default: what the model takes)")
+    group.add_argument(
+        "--end", metavar="TOKEN", help="that ends a text (default: the tokenizer's own end of a document)"
+    )
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """Print the results, and append them to a file; the exit code."""
-    if not args.text and not args.tasks:
-        raise ValueError("eval: nothing to judge by; give --text or --tasks")
+    if args.task and not args.pairs:
+        raise ValueError("eval --task translation: nothing to judge by; give --pairs")
+    theirs = {"--text": args.text, "--tasks": args.tasks, "--include": args.include}
+    theirs |= {"--shots": args.shots, "--batch": args.batch}
+    own = {
+        "--pairs": args.pairs,
+        "--to": args.to,
+        "--target": args.target,
+        "--longest": args.longest,
+        "--end": args.end,
+    }
+    for option, given in (theirs if args.task else own).items():
+        if given:
+            place = "not for" if args.task else "for"
+            raise ValueError(f"eval: {option} is {place} --task translation; leave it out, or run eval twice")
+    if args.task and args.dtype != "float32":
+        raise ValueError("eval: --task translation computes in float32; leave --dtype out")
+    if not args.text and not args.tasks and not args.task:
+        raise ValueError("eval: nothing to judge by; give --text, --tasks or --task translation")
+    judge = _judge_translations if args.task else _judge_texts
+    if args.follow is None:
+        judge(args, args.source)
+        return 0
+    return _follow(args, judge)
+
+
+def _judge_texts(args: argparse.Namespace, source: Path) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from transformers.utils import logging
     except ImportError:
         raise ValueError("eval needs transformers: pip install megnorm[hf]") from None
-    from megnorm.infer.evaluate import read_texts
-
-    logging.disable_progress_bar()
-    texts = {name: read_texts([name], args.key, args.limit) for name in args.text}
-    if args.follow is None:
-        _judge(args, args.source, texts)
-        return 0
-    return _follow(args, texts)
-
-
-def _judge(args: argparse.Namespace, source: Path, texts: dict[str, list[str]]) -> None:
     import torch
 
-    from megnorm.infer.evaluate import RESULTS, Report, table, text_loss
+    from megnorm.infer.evaluate import read_texts, text_loss
     from megnorm.infer.generate import load
     from megnorm.infer.harness import run_tasks
 
+    logging.disable_progress_bar()
+    batch = args.batch or 8
+    texts = {name: read_texts([name], args.key, args.limit) for name in args.text}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = load(source, dtype=getattr(torch, args.dtype), device=device, tokenizer=args.tokenizer)
-    results = {name: text_loss(generator, found, batch=args.batch).values() for name, found in texts.items()}
+    results = {name: text_loss(generator, found, batch=batch).values() for name, found in texts.items()}
     tasks = [task for task in args.tasks.split(",") if task]
     if tasks:
-        options = {"include": args.include, "shots": args.shots, "limit": args.limit, "batch": args.batch}
+        options = {"include": args.include, "shots": args.shots, "limit": args.limit, "batch": batch}
         results |= run_tasks(generator, tasks, **options)
-    print(f"{source}\n{table(results)}", flush=True)
+    _report(args, source, results, {})
+
+
+def _judge_translations(args: argparse.Namespace, source: Path) -> None:
+    from megnorm.infer.translate import load, quality, read_pairs, translate
+
+    pairs = {str(path): read_pairs(path, args.limit) for path in args.pairs}
+    device = _device(args)
+    one = load(source, device=device, tokenizer=args.tokenizer and str(args.tokenizer), end=args.end)
+    results, signatures = {}, {}
+    for name, (texts, references) in pairs.items():
+        said = translate(one, texts, _beam(args, one), to=args.to)
+        found = quality(said, references, target=args.target or one.target(args.to) or "")
+        results[name], signatures[name] = {"bleu": found.bleu, "chrf": found.chrf}, dict(found.signatures)
+    _report(args, source, results, signatures)
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _beam(args: argparse.Namespace, one: "Translator") -> "Beam":
+    from megnorm.infer.beam import Beam
+
+    return Beam(one.start, one.end, args.beam, args.length_penalty, args.longest or one.model.cfg.max_positions)
+
+
+def _report(
+    args: argparse.Namespace,
+    source: Path,
+    results: Mapping[str, Mapping[str, float]],
+    signatures: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Print results, and append them to the file that is meant."""
+    from megnorm.infer.evaluate import RESULTS, Report, table
+
+    print(f"{source}\n{table(results)}")
+    for name, found in signatures.items():
+        print(*(f"{name:<24} {metric:<20} {signature}" for metric, signature in found.items()), sep="\n")
+    sys.stdout.flush()
     step = _step(source)
     out = args.out or (args.source / RESULTS if step is not None and args.source == source else None)
     if out is None and args.follow is not None:
         out = args.source / RESULTS
     if out is not None:
-        Report(str(source), step, results).append(out)
+        Report(str(source), step, results, signatures).append(out)
 
 
 def _step(source: Path) -> int | None:
@@ -137,7 +219,7 @@ def _step(source: Path) -> int | None:
     return None if (source / "config.json").is_file() else int(io.read_meta(checkpoint_of(source))["step"])
 
 
-def _follow(args: argparse.Namespace, texts: dict[str, list[str]]) -> int:
+def _follow(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Path], None]) -> int:
     """Judge the checkpoints of a run that have not been yet, oldest first, until that of its last step is."""
     from megnorm.checkpoint import folder, io
     from megnorm.infer.evaluate import RESULTS, done_steps
@@ -150,7 +232,7 @@ def _follow(args: argparse.Namespace, texts: dict[str, list[str]]) -> int:
                 continue
             meta: dict[str, Any] = io.read_meta(path)
             if meta["step"] not in done:
-                _judge(args, path, texts)
+                judge(args, path)
             if meta["step"] >= meta["config"]["train"]["steps"]:
                 return 0
         time.sleep(args.follow)
@@ -165,33 +247,23 @@ def add_translate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references", action="store_true", help="score against the second column of --input, with sacrebleu"
     )
-    parser.add_argument(
-        "--target", default="", metavar="LANGUAGE", help="of the references, e.g. zh: how sacrebleu cuts words"
-    )
-    parser.add_argument("--beam", type=int, default=4, help="hypotheses; 1 is greedy (default: %(default)s)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="power of the length (default: %(default)s)")
-    parser.add_argument("--longest", type=int, help="tokens of an output (default: what the model takes)")
     parser.add_argument("--tokenizer", help="default: the run's own")
-    parser.add_argument(
-        "--end", metavar="TOKEN", help="that ends a text (default: the tokenizer's own end of a document)"
-    )
     parser.add_argument("--device", default="cpu")
+    _add_beam_arguments(parser)
 
 
 def run_translate(args: argparse.Namespace) -> int:
     """Print a line for each line, then the scores on standard error; the exit code."""
-    from megnorm.infer.beam import Beam
     from megnorm.infer.translate import load, quality, translate
 
     one = load(args.source, device=args.device, tokenizer=args.tokenizer, end=args.end)
-    longest = args.longest or one.model.cfg.max_positions
-    beam = Beam(one.start, one.end, args.beam, args.length_penalty, longest)
     text = sys.stdin.read() if args.input is None else args.input.read_text(encoding="utf-8")
-    rows = [line.split("\t") for line in text.splitlines()]
+    rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
     if args.references and min(map(len, rows), default=0) < 2:
         raise ValueError("--references needs two columns in --input, text and translation, with a tab between")
-    said = translate(one, [row[0] for row in rows], beam)
+    said = translate(one, [row[0] for row in rows], _beam(args, one), to=args.to)
     print("\n".join(said))
     if args.references:
-        print("\n".join(quality(said, [row[1] for row in rows], target=args.target)), file=sys.stderr)
+        target = args.target or one.target(args.to) or ""
+        print(*quality(said, [row[1] for row in rows], target=target).lines, sep="\n", file=sys.stderr)
     return 0

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,18 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """One line of ``eval.jsonl``. step: of the checkpoint; None: an exported folder."""
+    """One line of ``eval.jsonl``. step: of the checkpoint; None: an exported folder. signatures: of scores that have them."""
 
     source: str
     step: int | None
     results: Mapping[str, Mapping[str, float]]
+    signatures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def append(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        record = {name: value for name, value in asdict(self).items() if value or name != "signatures"}
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self)) + "\n")
+            file.write(json.dumps(record) + "\n")
 
 
 def done_steps(path: Path) -> set[int]:

@@ -1,13 +1,15 @@
 """Lines of text through a trained encoder-decoder, and BLEU and chrF of what comes out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from megnorm import config as configs
 from megnorm.checkpoint import io
+from megnorm.data import languages
 from megnorm.data.config import padded_length
 from megnorm.data.tokenizer import Tokenizer
 from megnorm.data.tokenizer import load as load_tokenizer
@@ -22,13 +24,30 @@ from megnorm.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Translator:
-    """A run's model and tokenizer. start, end, pad: ids as the run was trained with."""
+    """A run's model and tokenizer. start, end, pad: ids as the run was trained with.
+
+    tags: of every language that it translates to; empty: it knows one direction, without a tag. tag_on: where it stands.
+    """
 
     model: EncoderDecoder
     tokenizer: Tokenizer
     start: int
     end: int
     pad: int
+    tags: Mapping[str, int] = field(default_factory=dict)
+    tag_on: Literal["source", "target"] = "source"
+
+    def target(self, language: str | None) -> str | None:
+        """The language to translate to: the one that is asked for, or the only one; None: there are no tags.
+
+        Raises ValueError where it is not known.
+        """
+        if language is None and len(self.tags) > 1:
+            raise ValueError(f"the model translates to {', '.join(self.tags)}; choose one by --to")
+        if language is not None and language not in self.tags:
+            known = f"to {', '.join(self.tags)} alone" if self.tags else "without tags of languages"
+            raise ValueError(f"--to {language}: the model was trained {known}")
+        return language or next(iter(self.tags), None)
 
 
 def load(source: Path, *, device: str = "cpu", tokenizer: str | None = None, end: str | None = None) -> Translator:
@@ -55,16 +74,26 @@ def load(source: Path, *, device: str = "cpu", tokenizer: str | None = None, end
     with torch.no_grad():
         for n in named_matrices(model):
             n.view().copy_(state[n.name])
-    return Translator(model, words, data.pad if data.start is None else data.start, words.eod, data.pad)
+    start = data.pad if data.start is None else data.start
+    tags = languages.tags(data.pairs, words)
+    return Translator(model, words, start, words.eod, data.pad, tags, data.pairs.tag_on)
 
 
-def translate(one: Translator, lines: Sequence[str], beam: Beam, *, tokens: int = 4096) -> list[str]:
-    """A line for each line. tokens: padded ones of the source that are worked on at a time.
+def translate(
+    one: Translator, lines: Sequence[str], beam: Beam, *, to: str | None = None, tokens: int = 4096
+) -> list[str]:
+    """A line for each line. to: the language. tokens: padded ones of the source that are worked on at a time.
 
-    Raises ValueError for a line that is longer than the model takes.
+    Raises ValueError for a line that is longer than the model takes, and for a language that it does not know.
     """
+    language = one.target(to)
+    front: list[int] = []
+    if language is not None and one.tag_on == "source":
+        front = [one.tags[language]]
+    elif language is not None:
+        beam = replace(beam, start=one.tags[language])
     ids, sizes = one.tokenizer.encode_batch(list(lines))
-    rows = [[*part, one.end] for part in _split(ids.tolist(), sizes.tolist())]
+    rows = [[*front, *part, one.end] for part in _split(ids.tolist(), sizes.tolist())]
     longest = one.model.cfg.source_positions
     for number, row in enumerate(rows, 1):
         if len(row) > longest:
@@ -97,13 +126,34 @@ def _split(ids: list[int], sizes: list[int]) -> list[list[int]]:
     return rows
 
 
-def quality(said: Sequence[str], references: Sequence[str], *, target: str = "") -> list[str]:
-    """BLEU with its signature, and chrF, a line each. target: its language, which sacrebleu cuts words by."""
+@dataclass(frozen=True)
+class Quality:
+    """Scores of sacrebleu on its scale of 100. signatures: how each was computed, by name."""
+
+    bleu: float
+    chrf: float
+    lines: tuple[str, ...]
+    signatures: Mapping[str, str]
+
+
+def quality(said: Sequence[str], references: Sequence[str], *, target: str = "") -> Quality:
+    """BLEU and chrF. target: the language, which sacrebleu cuts words by."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
         raise ValueError("BLEU needs sacrebleu: pip install megnorm[eval]") from None
     if len(said) != len(references):
         raise ValueError(f"there are {len(said)} translations and {len(references)} references; give one for each line")
-    metrics = (BLEU(trg_lang=target), CHRF())
-    return [f"{metric.corpus_score(list(said), [list(references)])}  {metric.get_signature()}" for metric in metrics]
+    metrics = {"bleu": BLEU(trg_lang=target), "chrf": CHRF()}
+    scores = {name: metric.corpus_score(list(said), [list(references)]) for name, metric in metrics.items()}
+    signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    lines = tuple(f"{scores[name]}  {signatures[name]}" for name in metrics)
+    return Quality(float(scores["bleu"].score), float(scores["chrf"].score), lines, signatures)
+
+
+def read_pairs(path: Path, limit: int | None = None) -> tuple[list[str], list[str]]:
+    """Texts and their translations: the first two columns of a TSV."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line][:limit]
+    if min(map(len, rows), default=0) < 2:
+        raise ValueError(f"{path}: a line needs two columns, text and translation, with a tab between")
+    return [row[0] for row in rows], [row[1] for row in rows]

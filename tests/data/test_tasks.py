@@ -227,7 +227,7 @@ def test_translation_pairs(shared: Path, pairs: DataConfig) -> None:
     assert real / padded > 0.7
     words = load(str(pairs.tokenizer))
     line = (shared / "data/parallel/valid.en-de.tsv").read_text().splitlines()[0].split("\t")
-    for side, text in zip(one.sides, line, strict=True):
+    for side, text in zip((one.directions[0].source, one.directions[0].target), line, strict=True):
         assert words.decode(side.document(0)[0].tolist()).replace("</s>", "").strip() == text
 
 
@@ -253,7 +253,7 @@ def test_pairs_that_cannot_be(pairs: DataConfig, tmp_path: Path) -> None:
         ({"path": str(tmp_path / "x"), "tokenizer": None}, "side by side"),
         ({"pairs": replace(pairs.pairs, tokens_per_batch=100)}, "cannot hold a pair"),
         ({"pairs": replace(pairs.pairs, longest=1)}, "none of its 890 pairs"),
-        ({"path": (pairs.path, "other")}, "data.path has 2 entries"),
+        ({"path": (pairs.path, pairs.path), "pairs": replace(pairs.pairs, languages=(("en", "de"),))}, "names 1 pairs"),
         ({"weights": (1.0,)}, "data.weights has no meaning for data.task=pairs"),
     ):
         with pytest.raises(DataError, match=match):

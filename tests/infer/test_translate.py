@@ -1,13 +1,22 @@
 """An encoder-decoder learns a toy language and translates it, from the command line too."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megnorm.cli import main
 from megnorm.infer.beam import Beam
-from megnorm.infer.translate import load, quality, translate
+from megnorm.infer.translate import Translator, load, quality, read_pairs, translate
+from megnorm.layers.env import Env
+from megnorm.models.config import ModelConfig
+from megnorm.models.encdec import EncoderDecoder
+from megnorm.models.family import resolve_model
+from megnorm.parallel.mesh import Mesh
 from tests.train.test_families import write_pairs
 from tests.train.tiny import write_config
 
@@ -74,8 +83,112 @@ def test_scores_need_sacrebleu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scores_are_sacrebleus() -> None:
     pytest.importorskip("sacrebleu")
-    bleu, chrf = quality(["the cat sat on the mat ."], ["the cat sat on the mat ."])
-    assert bleu.startswith("BLEU = 100.00") and "version:" in bleu
+    found = quality(["the cat sat on the mat ."], ["the cat sat on the mat ."])
+    assert found.bleu == pytest.approx(100.0) and found.chrf == pytest.approx(100.0)
+    bleu, chrf = found.lines
+    assert bleu.startswith("BLEU = 100.00") and bleu.endswith(found.signatures["bleu"]) and "version:" in bleu
     assert chrf.startswith("chrF2 = 100.00")
+    assert "tok:zh" in quality(["a"], ["a"], target="zh").signatures["bleu"]
     with pytest.raises(ValueError, match="1 translations and 2 references"):
         quality(["a"], ["a", "b"])
+
+
+@pytest.mark.full
+def test_translations_are_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the verb eval: a row for each file, with its signature, in eval.jsonl too; every checkpoint once."""
+    pytest.importorskip("sacrebleu")
+    names = [str(tmp_path / name) for name in ("right.tsv", "half.tsv")]
+    for name, references in zip(names, (WANTED, [*WANTED[:2], "wrong"]), strict=True):
+        text = "\n".join(f"{a}\t{b}" for a, b in zip(LINES, references, strict=True))
+        Path(name).write_text(text + "\n", encoding="utf-8")
+    words = ["eval", str(run), "--task", "translation", "--beam", "2", "--pairs", *names]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "chrf" in out and "eff:no|tok:13a" in out
+    (report,) = (json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines())
+    assert report["results"][names[0]]["chrf"] == pytest.approx(100.0)
+    assert 20.0 < report["results"][names[1]]["chrf"] < 90.0
+    assert report["step"] == 600 and "tok:13a" in report["signatures"][names[0]]["bleu"]
+    assert main([*words, "--limit", "2", "--out", str(tmp_path / "two.jsonl")]) == 0
+    limited = json.loads((tmp_path / "two.jsonl").read_text())["results"]
+    assert limited[names[1]]["chrf"] == pytest.approx(100.0)
+    assert main([*words, "--follow", "0", "--out", str(run / "eval.jsonl")]) == 0
+    steps = [json.loads(line)["step"] for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert steps.count(600) == 1 and len(steps) > 1  # of the other checkpoints that are kept
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "translation"], "give --pairs"),
+        (["--task", "translation", "--pairs", "x", "--text", "y"], "--text is not for --task translation"),
+        (["--task", "translation", "--pairs", "x", "--tasks", "y"], "--tasks is not for --task translation"),
+        (["--task", "translation", "--pairs", "x", "--batch", "4"], "--batch is not for --task translation"),
+        (["--task", "translation", "--pairs", "x", "--dtype", "bfloat16"], "computes in float32"),
+        (["--text", "y", "--pairs", "x"], "--pairs is for --task translation"),
+        (["--text", "y", "--to", "de"], "--to is for --task translation"),
+    ],
+)
+def test_eval_refuses_what_it_would_not_heed(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pairs_are_two_columns(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("a b\tc\u2028d\n\ne\tf\tg\n", encoding="utf-8")
+    assert read_pairs(tmp_path / "x.tsv") == (["a b", "e"], ["c\u2028d", "f"])
+    (tmp_path / "x.tsv").write_text("a\tb\nc\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="a line needs two columns"):
+        read_pairs(tmp_path / "x.tsv")
+    assert read_pairs(tmp_path / "x.tsv", limit=1) == (["a"], ["b"])
+
+
+class Words:
+    """Numbers as words."""
+
+    vocab_size, eod = 100, 2
+
+    def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        rows = [[int(word) for word in text.split()] for text in texts]
+        return np.array([i for row in rows for i in row]), np.array([len(row) for row in rows])
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def token_id(self, name: str) -> int | None:
+        return {"<2de>": 4, "<2fr>": 5}.get(name)
+
+
+@pytest.mark.parametrize("tag_on", ["source", "target"])
+def test_a_tag_stands_where_it_stood_in_training(tag_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """translate gives the search the source and the first token that the loader gives the model."""
+    config = tiny_model()
+    one = Translator(EncoderDecoder(*config), Words(), 1, 2, 0, {"de": 4, "fr": 5}, tag_on)
+    asked = []
+
+    def search(model: EncoderDecoder, source: Any, real: Any, beam: Beam) -> list[list[int]]:
+        asked.append(([source[:, i][real[:, i]].tolist() for i in range(source.shape[1])], beam.start))
+        return [[number] for number in range(source.shape[1])]
+
+    monkeypatch.setattr("megnorm.infer.translate.beam_search", search)
+    assert translate(one, ["8 9", "7"], Beam(1, 2, longest=8), to="fr") == ["1", "0"]  # the shorter one came first
+    assert asked == [([[5, 7, 2], [5, 8, 9, 2]], 1) if tag_on == "source" else ([[7, 2], [8, 9, 2]], 5)]
+    with pytest.raises(ValueError, match="translates to de, fr; choose one by --to"):
+        translate(one, ["8"], Beam(1, 2, longest=8))
+    with pytest.raises(ValueError, match="--to zh: the model was trained to de, fr alone"):
+        translate(one, ["8"], Beam(1, 2, longest=8), to="zh")
+    asked.clear()
+    translate(replace(one, tags={"de": 4}), ["8"], Beam(1, 2, longest=8))
+    assert asked == [([[4, 8, 2]], 1) if tag_on == "source" else ([[8, 2]], 4)]
+    asked.clear()
+    translate(replace(one, tags={}), ["8"], Beam(1, 2, longest=8))
+    assert asked == [([[8, 2]], 1)]
+    with pytest.raises(ValueError, match="without tags of languages"):
+        translate(replace(one, tags={}), ["8"], Beam(1, 2, longest=8), to="de")
+
+
+def tiny_model() -> tuple[ModelConfig, Any, int, Env]:
+    cfg = ModelConfig(family="encdec", layers=1, width=8, heads=2, ffn=8, vocab_size=16, max_positions=8)
+    return cfg, resolve_model(cfg), 16, Env(Mesh())

@@ -270,7 +270,7 @@ def test_parameters_are_counted(scheme: str, moe: str) -> None:
 def test_examples_plan_and_have_the_published_size() -> None:
     """MoE-1B-7B of the HybridNorm paper: 6.92 billion parameters, 1.28 of them active, 500 billion tokens."""
     assert make_plan(configs.load(EXAMPLES / "run.yaml"), 2).dp == 2
-    run = configs.load(EXAMPLES / "moe_1b_7b.yaml")
+    run = configs.load(EXAMPLES.parent / "papers" / "hybridnorm_moe_1b_7b.yaml")
     plan = make_plan(run, 8)
     assert plan.tokens_per_step * run.train.steps == pytest.approx(500e9, rel=1e-5)
     cfg, resolved = replace(run.model, vocab_size=plan.padded_vocab), plan.resolved
