@@ -49,7 +49,7 @@ def difference(reference: Reference, folder: Path, length: int = 64) -> tuple[fl
     _forget_code(loaded)
     if ours.shape != theirs.shape:
         raise LogitMismatch(f"{folder}: logits of shape {tuple(theirs.shape)}, the model's are {tuple(ours.shape)}")
-    if "attention_mask" in inputs and ours.shape[:2] == inputs["input_ids"].shape and "decoder_input_ids" not in inputs:
+    if ours.dim() == 3 and "attention_mask" in inputs and "decoder_input_ids" not in inputs:
         real = inputs["attention_mask"].bool()  # what stands at padding is nobody's business
         ours, theirs = ours[real], theirs[real]
     return (ours - theirs).abs().max().item(), ours.abs().max().item()
@@ -78,11 +78,9 @@ def random_inputs(config: Any, door: str, length: int = 64) -> dict[str, Tensor]
         tokens[mask == 0] = padding
         mask = (tokens != padding).long()
     inputs = {"input_ids": tokens, "attention_mask": mask}
-    kinds = getattr(config, "type_vocab_size", None) or getattr(config, "segments", 0)
+    kinds: int = getattr(config, "type_vocab_size", 0) or getattr(config, "segments", 0)
     if kinds > 1:
-        inputs["token_type_ids"] = (
-            torch.arange(tokens.shape[1]).div(3, rounding_mode="floor").remainder(kinds) + 0 * tokens
-        )
+        inputs["token_type_ids"] = (torch.arange(tokens.shape[1]) // 3 % kinds).expand_as(tokens)
     if door == custom.CLASSES["encdec"][0]:
         inputs["decoder_input_ids"] = random_tokens(config, length=max(1, length - 1), seed=1)
     return inputs

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from megnorm.hf.fold import State, fold, fold_scores
 from megnorm.hf.tokenizer import SpecialIds, write_tokenizer
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, resolve
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def from_hf(folder: Path) -> Imported:
     fields = json.loads(file.read_text(encoding="utf-8"))
     tensors = _read_weights(folder)
     if fields.get("model_type") == "megnorm":
-        model, resolved = custom.read_config(fields)
+        model, resolved = _read_config(file, custom.read_config, fields)
         state = custom.unrename(tensors, model)
         architecture = custom.architecture(model.family)
     else:
@@ -117,10 +119,7 @@ def from_hf(folder: Path) -> Imported:
             (fields.get("architectures") or [""])[0],
             before=bool(fields.get("do_layer_norm_before", True)),
         )
-        try:
-            model = family.read_config(fields)
-        except KeyError as missing:
-            raise ValueError(f"{file}: the field {missing} is missing") from None
+        model = _read_config(file, family.read_config, fields)
         resolved = resolve(model.norm, model.layers)
         state = family.restore(family.unrename(_tidy(tensors, fields, model), model), model)
         architecture = family.architecture
@@ -128,6 +127,13 @@ def from_hf(folder: Path) -> Imported:
         state.pop("head.weight", None)
     custom.check_state(state, model, resolved)
     return Imported(model, resolved, state, architecture)
+
+
+def _read_config(file: Path, read: Callable[[dict[str, Any]], Read], fields: dict[str, Any]) -> Read:
+    try:
+        return read(fields)
+    except KeyError as missing:
+        raise ValueError(f"{file}: the field {missing} is missing") from None
 
 
 def _native(family: Family, state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:
