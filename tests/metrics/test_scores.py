@@ -7,8 +7,6 @@ import pytest
 
 from megnorm.metrics.scores import of_classes, of_numbers, require
 
-pytest.importorskip("sklearn")
-
 
 def test_two_classes_by_hand() -> None:
     """3 true positives, 1 false one, 2 false negatives, 4 true negatives."""
