@@ -15,7 +15,8 @@ ZSTD = ["zstandard>=0.22"]
 DATA = ["pyarrow>=15.0", "sentencepiece>=0.2", "tiktoken>=0.7"] + ZSTD  # files and tokenizers met in the wild
 REMOTE = ["fsspec>=2024.2"]  # each kind of store has its own package beside it: s3fs, gcsfs, adlfs, ...
 MPI = ["mpi4py>=4.0"]  # brings no MPI of its own: the system's, or `pip install mpich`
-DEV = ["hypothesis>=6.100", "mypy>=1.13", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.8"]
+SCORES = ["sacrebleu>=2.4", "scikit-learn>=1.4", "scipy>=1.11"]  # of translations and classifiers
+DEV = ["hypothesis>=6.100", "mypy>=1.13", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.8"] + SCORES
 
 setup(
     name="megnorm",
@@ -49,12 +50,13 @@ setup(
         "liger": ["liger-kernel>=0.8"],
         "triton": ["triton>=3.0"],  # torch for CUDA brings its own; this is for the interpreter on a CPU
         "mpi": MPI,
-        "eval": ["lm-eval>=0.4.5", "sacrebleu>=2.4"],
+        "scores": SCORES,
+        "eval": ["lm-eval>=0.4.5"] + SCORES,
         "data": DATA,
         "remote": REMOTE,
         "zstd": ZSTD,
         "dev": DEV,
-        "all-cpu": HF + TENSORBOARD + DATA + REMOTE + MPI,
+        "all-cpu": HF + TENSORBOARD + DATA + REMOTE + SCORES + MPI,
     },
     entry_points={"console_scripts": ["megnorm = megnorm.cli:main"]},
     classifiers=[

@@ -78,8 +78,8 @@ REQUIRED = {
 # imported inside functions, or inside a `try`, so that megnorm works without them
 OPTIONAL = {
     "apex", "flash_attn", "flash_attn_interface", "fsspec", "huggingface_hub", "liger_kernel", "lm_eval", "mpi4py",
-    "pyarrow", "sacrebleu", "sentencepiece", "tensorboard", "tiktoken", "transformer_engine", "transformer_engine_torch",
-    "transformers", "triton", "wandb", "zstandard",
+    "pyarrow", "sacrebleu", "scipy", "sentencepiece", "sklearn", "tensorboard", "tiktoken", "transformer_engine",
+    "transformer_engine_torch", "transformers", "triton", "wandb", "zstandard",
 }  # fmt: skip
 SHIPPED = {
     "hf.attention_megnorm", "hf.configuration_megnorm", "hf.encoder_megnorm", "hf.ffn_megnorm", "hf.layers_megnorm",

@@ -1,6 +1,6 @@
 """Attention of a megnorm model in transformers: rotary positions, biases, and scores as they are written in a formula.
 
-Needs torch, transformers and the two files beside it; shipped beside modeling_megnorm.py.
+Needs torch, transformers and the two files it imports; shipped beside modeling_megnorm.py.
 """
 
 import math
@@ -90,10 +90,10 @@ def alibi(heads: int, queries: Tensor, keys: Tensor) -> Tensor:
     return slopes[:, None, None] * (keys - queries[:, None])
 
 
-def relative_buckets(config: MegnormConfig, queries: Tensor, keys: Tensor, *, causal: bool) -> Tensor:
+def relative_buckets(buckets: int, longest: int, queries: Tensor, keys: Tensor, *, causal: bool) -> Tensor:
     """The bucket of the distance of each key [t] from each query [s], [s, t]: the nearer half of the buckets hold one
-    distance each, the others grow logarithmically up to ``relative_distance`` (T5)."""
-    buckets, distance = config.relative_buckets, keys - queries[:, None]
+    distance each, the others grow logarithmically up to ``longest`` (T5)."""
+    distance = keys - queries[:, None]
     start = torch.zeros_like(distance)
     if causal:
         distance = (-distance).clamp_min(0)
@@ -101,6 +101,6 @@ def relative_buckets(config: MegnormConfig, queries: Tensor, keys: Tensor, *, ca
         buckets //= 2
         start, distance = (distance > 0).long() * buckets, distance.abs()
     near = buckets // 2
-    grown = torch.log(distance.clamp_min(1).float() / near) / math.log(config.relative_distance / near)
+    grown = torch.log(distance.clamp_min(1).float() / near) / math.log(longest / near)
     far = (near + (grown * (buckets - near)).long()).clamp_max(buckets - 1)
     return start + torch.where(distance < near, distance, far)

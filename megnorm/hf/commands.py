@@ -17,7 +17,12 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-tokenizer", action="store_true", help="write none")
     parser.add_argument("--custom", action="store_true", help="ship the custom class even where a native one is exact")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest allowed logit difference in fp32")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest allowed logit difference in fp32; relative to logits above 1",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     parser.add_argument("--license", default="unknown", help="for the model card, e.g. apache-2.0")

@@ -20,36 +20,52 @@ class LogitMismatch(ValueError):
     """The exported folder computes something else than the model; nothing was left under the final name."""
 
 
-def difference(reference: Reference, folder: Path, length: int = 64) -> tuple[float, float]:
-    """Largest |difference| and largest |logit| in fp32 on random tokens; every tensor of the folder must have been used."""
+def difference(reference: Reference, folder: Path, length: int = 64, *, passing: bool = False) -> tuple[float, float]:
+    """Largest |difference| and largest |logit| in fp32 on random tokens; every tensor of the folder must have been used.
+
+    passing: the folder's name is; transformers is made to forget the code that it read there.
+    """
+    loaded, info = _load(folder)
+    try:
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                raise LogitMismatch(
+                    f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:3]))}"
+                )
+        return _compare(reference, loaded, folder, length)
+    finally:
+        if passing:
+            _forget_code(loaded)
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The model as its user gets it, in fp32, and what was said about its tensors."""
     import transformers
     from transformers.utils import logging
 
-    architecture = transformers.AutoConfig.from_pretrained(
-        folder, trust_remote_code=True, local_files_only=True
-    ).architectures[0]
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    door = getattr(transformers, custom.door(config.architectures[0]))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        answer: Any = getattr(transformers, custom.door(architecture)).from_pretrained(
+        answer: tuple[Any, dict[str, Any]] = door.from_pretrained(
             folder, trust_remote_code=True, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-        loaded, info = answer
+        return answer
     finally:
         if bars:
             logging.enable_progress_bar()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise LogitMismatch(f"{folder}: {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:3]))}")
-    inputs = random_inputs(loaded.config, custom.door(architecture), length)
+
+
+def _compare(reference: Reference, loaded: Any, folder: Path, length: int) -> tuple[float, float]:
+    inputs = random_inputs(loaded.config, custom.door(loaded.config.architectures[0]), length)
     rest = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
     with torch.no_grad():
         ours = reference(inputs["input_ids"], **rest).detach().to("cpu", torch.float32)
         theirs = loaded.eval()(**inputs).logits
-    _forget_code(loaded)
     if ours.shape != theirs.shape:
         raise LogitMismatch(f"{folder}: logits of shape {tuple(theirs.shape)}, the model's are {tuple(ours.shape)}")
-    if "attention_mask" in inputs and ours.shape[:2] == inputs["input_ids"].shape and "decoder_input_ids" not in inputs:
+    if ours.dim() == 3 and "attention_mask" in inputs and "decoder_input_ids" not in inputs:
         real = inputs["attention_mask"].bool()  # what stands at padding is nobody's business
         ours, theirs = ours[real], theirs[real]
     return (ours - theirs).abs().max().item(), ours.abs().max().item()
@@ -59,10 +75,10 @@ def _forget_code(model: Any) -> None:
     """Delete the copy of a folder's code that transformers keeps in its cache under the folder's passing name."""
     module = type(model).__module__
     if module.startswith("transformers_modules."):
-        package, cache = module.rpartition(".")[0], sys.modules["transformers_modules"]
-        for path in cache.__path__:
-            shutil.rmtree(Path(path, *package.split(".")[1:2]), ignore_errors=True)
-        for name in [name for name in sys.modules if name.startswith(package)]:
+        _, folder, *_ = module.split(".")  # inside, a package for the config and one for the model
+        for path in sys.modules["transformers_modules"].__path__:
+            shutil.rmtree(Path(path, folder), ignore_errors=True)
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"transformers_modules.{folder}.")]:
             del sys.modules[name]
 
 
@@ -78,11 +94,9 @@ def random_inputs(config: Any, door: str, length: int = 64) -> dict[str, Tensor]
         tokens[mask == 0] = padding
         mask = (tokens != padding).long()
     inputs = {"input_ids": tokens, "attention_mask": mask}
-    kinds = getattr(config, "type_vocab_size", None) or getattr(config, "segments", 0)
+    kinds: int = getattr(config, "type_vocab_size", 0) or getattr(config, "segments", 0)
     if kinds > 1:
-        inputs["token_type_ids"] = (
-            torch.arange(tokens.shape[1]).div(3, rounding_mode="floor").remainder(kinds) + 0 * tokens
-        )
+        inputs["token_type_ids"] = (torch.arange(tokens.shape[1]) // 3 % kinds).expand_as(tokens)
     if door == custom.CLASSES["encdec"][0]:
         inputs["decoder_input_ids"] = random_tokens(config, length=max(1, length - 1), seed=1)
     return inputs

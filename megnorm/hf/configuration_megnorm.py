@@ -151,7 +151,10 @@ class MegnormConfig(PreTrainedConfig):
         attention = [layer["attention"] for layer in self.layer_norms()]
         ffn = [layer["ffn"] for layer in self.layer_norms()]
         plan: dict[str, str] = {}
-        if not any(a["head_scale"] or any(_spans(a[site]) for site in ("q", "k", "v", "context")) for a in attention):
+        alike = self.positions != "alibi" and self.relative_buckets is None  # else scores get a bias of all heads
+        if alike and not any(
+            a["head_scale"] or any(_spans(a[site]) for site in ("q", "k", "v", "context")) for a in attention
+        ):
             plan |= {f"blocks.*.attention.{name}": "colwise" for name in "qkv"} | {"blocks.*.attention.o": "rowwise"}
         if not any(f["inner"] for f in ffn):
             plan |= {f"blocks.*.ffn.{name}": "colwise" for name in ("up", "gate")} | {"blocks.*.ffn.down": "rowwise"}

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from megnorm.hf.fold import State, fold, fold_scores
 from megnorm.hf.tokenizer import SpecialIds, write_tokenizer
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, resolve
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def to_hf(
         _write_config(folder, fields, special, model)
         _write_weights(folder, tensors, max_shard_size)
         if reference is not None:
-            found, largest = difference(reference, folder, min(64, model.max_positions, model.source_positions))
+            length = min(64, model.max_positions, model.source_positions)
+            found, largest = difference(reference, folder, length, passing=True)
             if not found <= tolerance * max(1.0, largest):
                 raise LogitMismatch(
                     f"{out}: {architecture} differs from the model by {found:.3g} in a logit, above "
@@ -108,7 +111,7 @@ def from_hf(folder: Path) -> Imported:
     fields = json.loads(file.read_text(encoding="utf-8"))
     tensors = _read_weights(folder)
     if fields.get("model_type") == "megnorm":
-        model, resolved = custom.read_config(fields)
+        model, resolved = _read_config(file, custom.read_config, fields)
         state = custom.unrename(tensors, model)
         architecture = custom.architecture(model.family)
     else:
@@ -117,10 +120,7 @@ def from_hf(folder: Path) -> Imported:
             (fields.get("architectures") or [""])[0],
             before=bool(fields.get("do_layer_norm_before", True)),
         )
-        try:
-            model = family.read_config(fields)
-        except KeyError as missing:
-            raise ValueError(f"{file}: the field {missing} is missing") from None
+        model = _read_config(file, family.read_config, fields)
         resolved = resolve(model.norm, model.layers)
         state = family.restore(family.unrename(_tidy(tensors, fields, model), model), model)
         architecture = family.architecture
@@ -128,6 +128,13 @@ def from_hf(folder: Path) -> Imported:
         state.pop("head.weight", None)
     custom.check_state(state, model, resolved)
     return Imported(model, resolved, state, architecture)
+
+
+def _read_config(file: Path, read: Callable[[dict[str, Any]], Read], fields: dict[str, Any]) -> Read:
+    try:
+        return read(fields)
+    except KeyError as missing:
+        raise ValueError(f"{file}: the field {missing} is missing") from None
 
 
 def _native(family: Family, state: State, model: ModelConfig, resolved: Resolved) -> tuple[dict[str, Any], State]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megnorm.hf.families.base import UNREAD, classes_of, label_fields
 from megnorm.hf.families.rope import layer_types, longest, read_rope, read_window, rope_parameters
 from megnorm.hf.fold import State, embedding_scale
 from megnorm.models.config import AttentionConfig, ModelConfig, MoEConfig
@@ -75,10 +76,7 @@ def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
         "norm": resolved.to_json(),
         "norm_config": asdict(model.norm),
     }
-    if model.classes:
-        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.classes)}
-        fields["label2id"] = {name: int(i) for i, name in fields["id2label"].items()}
-    return fields
+    return fields | (label_fields(model.classes) if model.classes else {})
 
 
 def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
@@ -111,11 +109,11 @@ def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
         o_bias=_unless(fields.get("o_bias"), fields["linear_bias"]),
         moe=MoEConfig(**(fields.get("moe") or {})),
         head_transform=fields.get("transform_norm") is not None,
-        classes=len(fields.get("id2label") or "12")
-        if family == "classifier"
-        else 0,  # transformers leaves out its default, two
+        classes=classes_of(fields) if family == "classifier" else 0,
         norm=NormConfig(**norm),
     )
+    if model.head_transform and fields["transform_norm"] != asdict(plain_norm(model.norm)):
+        raise ValueError("config.json: transform_norm is not what norm_config says; export the model again")
     return model, from_json(fields["norm"])
 
 
@@ -133,6 +131,8 @@ def _tables(model: ModelConfig) -> dict[str, str]:
 def rename(state: Mapping[str, "Tensor"], model: ModelConfig) -> State:
     tables, made = _tables(model), {}
     for name, tensor in state.items():
+        if name == UNREAD:
+            continue
         first, _, rest = name.partition(".")
         made[f"{HEADS[first]}.{rest}" if first in HEADS else f"model.{tables.get(name, name)}"] = tensor
     return made
@@ -179,6 +179,8 @@ def check_state(state: Mapping[str, "Tensor"], model: ModelConfig, resolved: Res
     if refused is not None:
         raise ValueError(refused)
     expected = shapes(model, resolved)
+    if UNREAD in state and model.padding_id is not None:
+        expected[UNREAD] = (model.padding_id + 1, model.width)
     for name, shape in expected.items():
         if name not in state:
             raise ValueError(f"the weights have no tensor '{name}', which the model config asks for")

@@ -38,12 +38,6 @@ class MegnormEncoder(MegnormPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed.token
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed.token = value
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(

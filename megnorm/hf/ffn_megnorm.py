@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_megnorm import MegnormConfig
-from .norms_megnorm import Residual, Spec, make_norm, surround, wide
+from .norms_megnorm import Residual, Spec, SubLayer, make_norm, wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -43,12 +43,12 @@ class Mlp(nn.Module):
         return self.down(self.inner_norm(self.act(up) if self.gate is None else self.act(self.gate(x)) * up))
 
 
-class FeedForward(Mlp):
+class FeedForward(Mlp, SubLayer):
     """The dense sub-layer: [b, s, d] after the input norm -> branch [b, s, d]."""
 
     def __init__(self, config: MegnormConfig, spec: Spec, first: Residual):
         super().__init__(config, spec, config.intermediate_size)
-        surround(self, spec, config.hidden_size, first)
+        self.surround(spec, config.hidden_size, first)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         return F.dropout(self.output_norm(super().forward(x)), self.config.dropout, self.training)
@@ -72,7 +72,7 @@ class Router(nn.Linear):
         return weights * self.moe["scale"], chosen
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(SubLayer):
     """The sparse sub-layer: sum over the chosen experts e of weight_e * expert_e(u), plus the FFN that all tokens pass."""
 
     def __init__(self, config: MegnormConfig, spec: Spec, first: Residual):
@@ -82,10 +82,10 @@ class MixtureOfExperts(nn.Module):
         f = moe["ffn"] or config.intermediate_size
         self.experts = nn.ModuleList(Mlp(config, spec, f) for _ in range(moe["experts"]))
         self.shared = Mlp(config, spec, moe["shared_ffn"]) if moe["shared_ffn"] else None
-        surround(self, spec, config.hidden_size, first)
+        self.surround(spec, config.hidden_size, first)
 
     def forward(self, hidden_states: Tensor, real: Tensor | None = None) -> Tensor:
-        """real: [b, s] is False on padding, which no expert gets."""
+        """real: [b, s] is False on padding, to which the chosen experts add nothing."""
         x = hidden_states.flatten(0, 1)
         weights, chosen = self.router(x)
         if real is not None:

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_megnorm import eager_attention, rotate
 from .configuration_megnorm import MegnormConfig
 from .ffn_megnorm import FeedForward, MixtureOfExperts
-from .norms_megnorm import Residual, Spec, make_norm, over_heads, surround
+from .norms_megnorm import Residual, Spec, SubLayer, make_norm, over_heads
 
 LOG = math.log(10000.0)
 
@@ -60,7 +60,7 @@ class Embedding(nn.Module):
         return F.pad(rows, (0, self.config.hidden_size - 2 * half)).to(dtype)
 
 
-class Attention(nn.Module):
+class Attention(SubLayer):
     """Self-attention and the norms and scales inside it: [b, s, d] after the input norm -> branch [b, s, d]."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             setattr(self, f"{site}_norm", make_norm(spec[site], size, n))
         if self.scaled:
             self.head_scale = nn.Parameter(torch.ones(heads))
-        surround(self, spec, d, first)
+        self.surround(spec, d, first)
 
     def keys_and_values(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Any) -> tuple[Tensor, Tensor]:
         """[b, kv, t, hd] each, of tokens x [b, s, d] and of those before them in the cache."""
@@ -147,7 +147,7 @@ class Block(GradientCheckpointingLayer):
             own = spec["cross_attention"] or spec["attention"]
             self.cross_attention = CrossAttention(config, own, layer_idx, causal=False, first=first)
         sparse = causal and layer_idx in config.sparse_layers
-        self.ffn = (MixtureOfExperts if sparse else FeedForward)(config, spec["ffn"], first)
+        self.ffn: SubLayer = (MixtureOfExperts if sparse else FeedForward)(config, spec["ffn"], first)
 
     def forward(
         self, hidden_states: Tensor, cross: dict[str, Any] | None = None, real: Tensor | None = None, **kwargs: Any

@@ -54,11 +54,14 @@ class MegnormPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Attention) and module.scaled:
             init.ones_(module.head_scale)
 
-    def get_input_embeddings(self) -> nn.Module:  # of a model with a head
-        return self.model.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.embed.token if hasattr(self, "embed") else self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        if hasattr(self, "embed"):
+            self.embed.token = value
+        else:
+            self.model.set_input_embeddings(value)
 
     def scores(self, head: nn.Module, states: Tensor) -> Tensor:
         """[..., v] of states [..., d] behind the last norm."""
@@ -72,7 +75,8 @@ class MegnormPreTrainedModel(PreTrainedModel):
             return alibi(self.config.num_attention_heads, positions, keys)
         if self.config.relative_buckets is None:
             return None
-        return self.relative(relative_buckets(self.config, positions, keys, causal=causal)).permute(2, 0, 1)
+        buckets, longest = self.config.relative_buckets, self.config.relative_distance
+        return self.relative(relative_buckets(buckets, longest, positions, keys, causal=causal)).permute(2, 0, 1)
 
 
 class MegnormModel(MegnormPreTrainedModel):
@@ -88,12 +92,6 @@ class MegnormModel(MegnormPreTrainedModel):
         self.final_norm = make_norm(config.norm["final"], config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed.token
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed.token = value
 
     @merge_with_config_defaults
     @capture_outputs

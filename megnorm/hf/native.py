@@ -77,7 +77,7 @@ def native_forward(
     @torch.no_grad()
     def forward(tokens: Tensor, **rest: Tensor) -> Tensor:
         if model.family == "causal":
-            return made.logits(tokens.t()).transpose(0, 1)  # type: ignore[no-any-return]
+            return made.logits(tokens.t()).transpose(0, 1)
         batch = _batch(tokens.t(), **{name: tensor.t() for name, tensor in rest.items()})
         out: Tensor = made.states(batch) if model.family == "classifier" else made.logits(batch).transpose(0, 1)
         return out

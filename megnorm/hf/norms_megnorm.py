@@ -133,8 +133,16 @@ class Residual(nn.Module):
         return x + layer_input if self.spec["layer_input"] else x
 
 
-def surround(module: nn.Module, spec: Spec, width: int, first: Residual | None = None) -> None:
-    """Give a sub-layer the norms around its branch, and its residual. first: the attention's, whose factors it may share."""
-    module.input_norm, module.output_norm = make_norm(spec["input"], width), make_norm(spec["output"], width)
-    module.post_norm = make_norm(spec["post"], width)
-    module.residual = Residual(spec["residual"], width, first)
+class SubLayer(nn.Module):
+    """A branch of a block, with the norms around it and the residual that it ends in."""
+
+    input_norm: nn.Module
+    output_norm: nn.Module
+    post_norm: nn.Module
+    residual: Residual
+
+    def surround(self, spec: Spec, width: int, first: Residual | None = None) -> None:
+        """Make these modules. first: the attention's residual, whose factors this one may share."""
+        self.input_norm, self.output_norm = make_norm(spec["input"], width), make_norm(spec["output"], width)
+        self.post_norm = make_norm(spec["post"], width)
+        self.residual = Residual(spec["residual"], width, first)

@@ -43,7 +43,7 @@ class MegnormSeq2SeqModel(MegnormPreTrainedModel):
         self.decoder = MegnormDecoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Module | None:
         return self.encoder.embed.token
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -110,9 +110,9 @@ class MegnormForConditionalGeneration(MegnormPreTrainedModel, GenerationMixin):
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The decoder's input for what it is to say, [b, t]; -100 becomes padding."""
         start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None:
-            raise ValueError("config.json: decoder_start_token_id is not set; give decoder_input_ids")
-        return F.pad(labels[:, :-1].masked_fill(labels[:, :-1] == -100, padding or 0), (1, 0), value=start)
+        if start is None or padding is None:
+            raise ValueError("config.json: set decoder_start_token_id and pad_token_id, or give decoder_input_ids")
+        return F.pad(labels[:, :-1].masked_fill(labels[:, :-1] == -100, padding), (1, 0), value=start)
 
     @can_return_tuple
     def forward(

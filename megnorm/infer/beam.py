@@ -32,7 +32,7 @@ class Beam:
 
 @dataclass
 class _Best:
-    """The ended hypotheses of one sentence, at most ``size``: (score, tokens without the end)."""
+    """The hypotheses of one sentence that ended or were cut off, at most ``size``: (score, tokens without the end)."""
 
     size: int
     found: list[tuple[float, list[int]]] = field(default_factory=list)

@@ -56,8 +56,7 @@ def load(
         place = tokenizer or (source if (source / "tokenizer.json").is_file() else None)
     else:
         run = read_native(source)
-        if run.model.family != "causal":
-            raise ValueError(_cannot(source, run.model.family))
+        _require_causal(source, custom.architecture(run.model.family))
         model = custom.build(run.state, run.model, run.resolved, dtype=dtype)
         place = tokenizer or (Path(run.tokenizer) if run.tokenizer else None)
     return Generator(model.to(device).eval(), None if place is None else load_tokenizer(place), source)
@@ -69,15 +68,15 @@ def _exported(folder: Path, dtype: torch.dtype) -> Any:
     from megnorm.hf.modeling_megnorm import MegnormForCausalLM
 
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = fields.get("model_type") == "megnorm"
-    if own and fields.get("family", "causal") != "causal":
-        raise ValueError(_cannot(folder, fields["family"]))
-    cls = MegnormForCausalLM if own else AutoModelForCausalLM
+    _require_causal(folder, (fields.get("architectures") or [""])[0])
+    cls = MegnormForCausalLM if fields.get("model_type") == "megnorm" else AutoModelForCausalLM
     return cls.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
 
 
-def _cannot(source: Path, family: str) -> str:
-    return f"{source}: model.family={family} does not continue texts; give a causal model"
+def _require_causal(source: Path, architecture: str) -> None:
+    """Else transformers' door to causal models would take some encoders too, and they would say anything."""
+    if custom.door(architecture) != custom.CLASSES["causal"][0]:
+        raise ValueError(f"{source}: a {architecture} does not continue texts; give a model of model.family=causal")
 
 
 def generate(generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:

@@ -16,6 +16,7 @@ from megnorm.kernels import backends, registry
 from megnorm.layers import graphs
 from megnorm.layers.env import Env
 from megnorm.layers.recompute import Recompute
+from megnorm.metrics import scores
 from megnorm.metrics.observe import Observer
 from megnorm.models.build import Model, build_model
 from megnorm.models.causal import Tokens
@@ -73,6 +74,8 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
         keep_pages()
     valid_data = None
     if train_data is None:
+        if config.model.family == "classifier" and config.train.eval_batches:
+            scores.require()
         train_data = open_data(plan, "train")
         valid_data = open_data(plan, "valid") if config.train.eval_batches else None
     mesh = mesh_of(plan, device)

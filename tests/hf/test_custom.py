@@ -238,8 +238,10 @@ def test_a_new_model_starts_from_the_schemes_values() -> None:
 
 
 def test_saving_again_keeps_the_code_and_the_logits(tmp_path: Path) -> None:
+    """Also in a process that compared the folder before: transformers must still have the code that it read."""
     model, resolved, state = made("hybridnorm_star")
     to_hf(state, model, resolved, out=tmp_path / "a", native=False)
+    assert compare_logits(native_forward(state, model, resolved), tmp_path / "a") < 1e-4
     reload(tmp_path / "a").save_pretrained(tmp_path / "b")
     ids = tokens(model)
     assert {p.name for p in (tmp_path / "b").glob("*.py")} >= set(custom.DECODER)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megnorm.hf import custom
@@ -17,6 +17,7 @@ from megnorm.hf.families.registry import choose
 from megnorm.hf.native import native_forward
 from megnorm.hf.tokenizer import SpecialIds
 from megnorm.infer.beam import Beam, beam_search
+from megnorm.infer.generate import load
 from megnorm.layers.env import Env
 from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.models.encdec import EncoderDecoder
@@ -149,6 +150,27 @@ def test_what_cannot_leave_is_told() -> None:
     model, resolved, state = made("preln", moe=replace(EXPERTS, capacity=1.5))
     with pytest.raises(ValueError, match="model.moe.capacity=1.5"):
         custom.check_state(state, model, resolved)
+    pairs = custom.make(*made("preln", **PAIRS)[:2])
+    with pytest.raises(ValueError, match="set decoder_start_token_id and pad_token_id"):
+        pairs.prepare_decoder_input_ids_from_labels(torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transform_norm": {"kind": "l2"}}, "transform_norm is not what norm_config says"),
+        ({"family": "t5"}, "family 't5' is unknown"),
+        ({"vocab_size": None}, "the field 'vocab_size' is missing"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model, resolved, _ = made("preln", **MODELS["masked"])
+    fields = {"model_type": "megnorm", **custom.config(model, resolved), **changes}
+    fields = {name: value for name, value in fields.items() if value is not None or name not in changes}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    save_file({"lm_head.bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        from_hf(tmp_path)
 
 
 POST = {"norm": {"options": {"embedding_norm": True}}, "kv_heads": None, "segments": 2}
@@ -176,6 +198,9 @@ def test_a_native_class_says_the_same(
     reference = native_forward(state, model, resolved)
     export = to_hf(state, model, resolved, out=tmp_path / "a", reference=reference)
     assert export.architecture == architecture and not list((tmp_path / "a").glob("*.py"))
+    if model.family != "causal":
+        with pytest.raises(ValueError, match=f"a {architecture} does not continue texts"):
+            load(tmp_path / "a")
     if architecture.startswith("Qwen2Moe"):
         with pytest.raises(ValueError, match="does not read Qwen2-MoE"):
             from_hf(tmp_path / "a")

@@ -32,11 +32,14 @@ def tiny(scheme: str, kind: str = "rmsnorm", *, norm: dict[str, Any] | None = No
     return ModelConfig(**options | {"norm": NormConfig(scheme, kind=kind, **norm or {})} | changes)  # type: ignore[arg-type]
 
 
-def random_state(model: ModelConfig, resolved: Resolved, seed: int = 0) -> dict[str, Tensor]:
-    """Full logical tensors of such a model: matrices small, gains and scales around 1, the rest around 0."""
+def random_state(model: ModelConfig, resolved: Resolved, seed: int = 2) -> dict[str, Tensor]:
+    """Full logical tensors of such a model: matrices small, gains and scales around 1, the rest around 0.
+
+    In the order of their names, so that numbers do not depend on the order in which a class makes its modules.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, shape in custom.shapes(model, resolved).items():
+    for name, shape in sorted(custom.shapes(model, resolved).items()):
         noise = torch.randn(shape, generator=generator)
         around_one = name.endswith(("norm.weight", "head_scale", "residual.skip", "residual.branch"))
         state[name] = 1 + 0.3 * noise if around_one else 0.4 * noise

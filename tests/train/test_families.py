@@ -125,8 +125,13 @@ def test_refusals(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert expected in message and "Traceback" not in message
 
 
-def test_export_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_masked_run_is_exported_and_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of("masked", tmp_path, steps=2)
     assert main(["train", "--config", str(config), "optim.warmup_steps=0"]) == 0
-    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"]) != 0
-    assert "model.family=masked" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "as MegnormForMaskedLM" in said and "max |logit difference|" in said
+    for source in ("run", "hf"):
+        assert main(["generate", str(tmp_path / source), "--prompt", "a"]) == 2
+        assert "does not continue texts; give a model of model.family=causal" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A masked language model is fine-tuned: to classes of pairs of texts, and to numbers, with several seeds."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         assert words in capsys.readouterr().err
     assert main(["finetune", "--config", str(config), "--seeds", "one"]) == 2
     assert "--seeds one: give whole numbers" in capsys.readouterr().err
+
+
+def test_missing_scores_are_told_before_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = classifier(tmp_path, str(tmp_path / "no.tsv"), str(tmp_path / "no.tsv"), classes=2)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    assert main(["train", "--config", str(config)]) == 2
+    assert "pip install megnorm[scores]" in capsys.readouterr().err
 
 
 def test_the_median_is_of_the_seeds() -> None:

@@ -24,6 +24,8 @@ ACTIVATIONS = {name: name for name in ("gelu", "relu", "silu")} | {
 """megnorm's name of an activation -> transformers'."""
 BACK = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_new": "gelu_tanh", "swish": "silu"}
 GATE_BACK = {ours: gated for gated, ours in GATED.items()}
+UNREAD = "embed.position.unread"
+"""Rows of a class's position table that no token but padding has; what is read in keeps them, to go out unchanged."""
 
 
 Windows = Literal["none", "all", "each"]
@@ -215,6 +217,17 @@ def wanted(config: Mapping[str, Any], **values: Any) -> None:
     for name, value in values.items():
         if name in config and config[name] != value:
             raise ValueError(f"config.json: {name} is {config[name]!r}; megnorm reads this class only with {value!r}")
+
+
+def label_fields(classes: int) -> dict[str, Any]:
+    """Names of the classes in config.json."""
+    names = {str(i): f"LABEL_{i}" for i in range(classes)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def classes_of(config: Mapping[str, Any]) -> int:
+    """How many classes a config.json names; transformers leaves out its default, two."""
+    return len(config.get("id2label") or range(2))
 
 
 def activation(name: str, *, gated: bool) -> str:

@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megnorm.hf.families.base import ACTIVATIONS, Family, Pattern, activation, one_eps, wanted
+from megnorm.hf.families.base import (
+    ACTIVATIONS,
+    UNREAD,
+    Family,
+    Pattern,
+    activation,
+    classes_of,
+    label_fields,
+    one_eps,
+    wanted,
+)
 from megnorm.hf.families.gpt2 import refuse_plain, with_norm_biases
 from megnorm.hf.families.opt import POST
 from megnorm.hf.fold import State
@@ -84,8 +94,7 @@ class BertMasked(Family):
             "tie_word_embeddings": True,
         }
         if self.family == "classifier":
-            fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.classes)}
-            fields["label2id"] = {f"LABEL_{i}": i for i in range(model.classes)}
+            fields |= label_fields(model.classes)
         return fields
 
     def transform(self, state: State, model: ModelConfig) -> State:
@@ -93,18 +102,21 @@ class BertMasked(Family):
 
         made = with_norm_biases(state)
         table = made["embed.position.weight"]
-        made["embed.position.weight"] = torch.cat([table.new_zeros(_offset(model), model.width), table])
+        unread = made.pop(UNREAD, table.new_zeros(_offset(model), model.width))
+        made["embed.position.weight"] = torch.cat([unread, table])
         if not model.segments:
             made["embed.segment.weight"] = table.new_zeros(1, model.width)
         return made
 
     def restore(self, state: State, model: ModelConfig) -> State:
-        return state | {"embed.position.weight": state["embed.position.weight"][_offset(model) :].contiguous()}
+        unread, table = state["embed.position.weight"].tensor_split([_offset(model)])
+        made = state | {"embed.position.weight": table.contiguous()}
+        return made | {UNREAD: unread.contiguous()} if unread.any() else made
 
     def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
         wanted(config, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
         padding = config["pad_token_id"] if self.padded else None
-        head: dict[str, Any] = {"classes": len(config.get("id2label") or "12")}  # transformers' default is two
+        head: dict[str, Any] = {"classes": classes_of(config)}
         if self.family == "masked":
             wanted(config, tie_word_embeddings=True)
             head = {"tied_head": True, "head_bias": True, "head_transform": True}

@@ -93,12 +93,13 @@ class Llama(Family):
         window = read_window(config, local)
         if window and self.windows == "none":
             raise ValueError("config.json: sliding_window is set, and the class has no window; remove it")
+        usual = config["hidden_size"] // config["num_attention_heads"]
         return ModelConfig(
             layers=config["num_hidden_layers"],
             width=config["hidden_size"],
             heads=config["num_attention_heads"],
             kv_heads=config.get("num_key_value_heads"),
-            head_dim=config.get("head_dim"),
+            head_dim=None if config.get("head_dim") == usual else config.get("head_dim"),
             ffn=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
