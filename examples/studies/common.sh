@@ -34,13 +34,15 @@ finish() {
     for one in $(jobs -p); do wait "$one" || exit 2; done
 }
 
-# pairs: English and German as token files, once.
+# pairs: a vocabulary of English and German together, and both as token files, once.
 pairs() {
-    words=$shared/tokenizers/unigram8k-multi
+    words=$out/data/bpe8k
+    [[ -e $words/tokenizer.json ]] || megnorm tokenizer train --strict --input "$shared/parallel/train.en-de.tsv"* \
+        --keys 0 1 --vocab-size 8192 --output "$words"
     for split in train valid; do
         if [[ -e $out/data/$split.en-de_1.idx ]]; then continue; fi
         megnorm preprocess --strict --quiet --input "$shared/parallel/$split.en-de.tsv"* --keys 0 1 --tokenizer "$words" \
-            --eod-token '</s>' --output "$out/data/$split.en-de"
+            --output "$out/data/$split.en-de"
     done
     data=(data.path="$out/data/train.en-de" data.valid="$out/data/valid.en-de" data.tokenizer="$words")
 }

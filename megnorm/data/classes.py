@@ -16,7 +16,7 @@ from megnorm.data.config import DataConfig
 from megnorm.data.documents import decompress
 from megnorm.data.errors import DataError, require_same
 from megnorm.data.pairs import own_path
-from megnorm.data.samples import key, permute
+from megnorm.data.samples import key, own_samples, permute
 from megnorm.data.tokenizer import id_of, tokenizer_of
 
 
@@ -145,12 +145,8 @@ class ClassLoader:
         self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1, *, shuffle: bool = True
     ) -> ClassBatch:
         """Rows by sample id over all epochs; shuffle False keeps the file's order (for evaluation)."""
-        if count % dp_size:
-            raise DataError(
-                f"a batch of {count} rows cannot be dealt to {dp_size} data-parallel ranks: make it a multiple."
-            )
-        part = count // dp_size
-        ids = first_sample + dp_rank * part + np.arange(part, dtype=np.int64)
+        ids = own_samples(first_sample, count, dp_rank, dp_size)
+        part = len(ids)
         epochs, places = np.divmod(ids, len(self.rows))
         if shuffle:
             for epoch in np.unique(epochs):

@@ -275,14 +275,14 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     """megnorm tokenizer train"""
     verbs = parser.add_subparsers(dest="action", required=True)
     sub = verbs.add_parser(
-        "train", help="train a byte-level BPE", description="Train a byte-level BPE tokenizer on JSONL text."
+        "train", help="train a byte-level BPE", description="Train a byte-level BPE tokenizer on text (JSONL, TSV)."
     )
     sub.add_argument(
-        "--input", nargs="+", required=True, help="JSONL files or quoted globs; .gz .bz2 .xz .zst as they are"
+        "--input", nargs="+", required=True, help="JSONL or TSV files or quoted globs; .gz .bz2 .xz .zst as they are"
     )
     sub.add_argument("--output", required=True, help="folder for tokenizer.json and tokenizer_config.json")
     sub.add_argument("--vocab-size", type=int, required=True)
-    sub.add_argument("--key", default="text", help="JSON key of the text")
+    sub.add_argument("--keys", "--key", nargs="+", default=["text"], help="JSON keys, or columns of TSV from 0 on")
     sub.add_argument("--strict", action="store_true", help="stop at the first bad line")
 
 
@@ -292,8 +292,8 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
     def texts() -> Iterator[str]:
         for unit in plan_units(find_inputs(args.input), 1 << 62):
-            for _, (text,) in documents(Lines(unit, LIMIT), [args.key], tally):
-                yield text
+            for _, found in documents(Lines(unit, LIMIT), args.keys, tally):
+                yield from found
 
     size = tokenizer.train(texts(), args.output, vocab_size=args.vocab_size)
     print(f"{Path(args.output) / 'tokenizer.json'}: byte-level BPE with {size:,} tokens")

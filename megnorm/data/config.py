@@ -83,6 +83,8 @@ class PairConfig:
             raise ValueError("data.pairs.both_ways needs tags that tell the target; name data.pairs.languages")
         if "{}" not in self.tag:
             raise ValueError(f"data.pairs.tag is {self.tag}; write {{}} where the language stands, as in <2{{}}>")
+        if self.tag_on == "target" and not self.languages:
+            raise ValueError("data.pairs.tag_on says where tags stand, and there are none; name data.pairs.languages")
 
 
 @dataclass(frozen=True)

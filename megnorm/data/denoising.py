@@ -12,7 +12,7 @@ from megnorm.data.config import DataConfig, SpanConfig
 from megnorm.data.errors import DataError
 from megnorm.data.loader import Loader
 from megnorm.data.pairs import collate
-from megnorm.data.samples import key
+from megnorm.data.samples import key, own_samples
 from megnorm.data.tasks import corrupt_spans, mask
 from megnorm.data.tokenizer import HuggingFace, id_of, tokenizer_of
 
@@ -80,12 +80,12 @@ class MaskedLoader:
     def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> MaskedBatch:
         """As in ``Loader``; every sample id has its own mask."""
         plain = self.rows.batch(first_sample, count, dp_rank, dp_size)
-        rows, first = count // dp_size, first_sample + dp_rank * (count // dp_size)
-        inputs = np.empty((rows, self.rows.sequence_length), np.int64)
+        ids = own_samples(first_sample, count, dp_rank, dp_size).tolist()
+        inputs = np.empty((len(ids), self.rows.sequence_length), np.int64)
         labels, wanted = np.empty_like(inputs), np.zeros(inputs.shape, np.float32)
         inner = slice(len(self.begin), len(self.begin) + self.rows.length)
-        for row, tokens in enumerate(plain.tokens.numpy().T):
-            random = np.random.RandomState(key(self.rows.seed, "mask", first + row) % 2**32)
+        for row, (number, tokens) in enumerate(zip(ids, plain.tokens.numpy().T, strict=True)):
+            random = np.random.RandomState(key(self.rows.seed, "mask", number) % 2**32)
             changed, wanted[row, inner] = mask(
                 tokens,
                 random,
@@ -130,9 +130,9 @@ class SpanLoader:
     def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> PairBatch:
         """Source and target of the rows that ``Loader.batch`` would give."""
         plain = self.rows.batch(first_sample, count, dp_rank, dp_size)
-        first, found = first_sample + dp_rank * (count // dp_size), []
-        for row, tokens in enumerate(plain.tokens.numpy().T):
-            random = np.random.RandomState(key(self.rows.seed, "spans", first + row) % 2**32)
+        ids, found = own_samples(first_sample, count, dp_rank, dp_size).tolist(), []
+        for number, tokens in zip(ids, plain.tokens.numpy().T, strict=True):
+            random = np.random.RandomState(key(self.rows.seed, "spans", number) % 2**32)
             found.append(
                 corrupt_spans(
                     tokens,

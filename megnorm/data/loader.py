@@ -14,7 +14,7 @@ from megnorm.data.config import DataConfig
 from megnorm.data.errors import DataError, require_same
 from megnorm.data.indexed import SCAN, IndexedDataset, strip_suffix
 from megnorm.data.megatron_order import MegatronOrder
-from megnorm.data.samples import DefaultOrder, Source, key, resume_order, shares, split_tokens, too_few
+from megnorm.data.samples import DefaultOrder, Source, key, own_samples, resume_order, shares, split_tokens, too_few
 from megnorm.data.sidecar import read_sidecar, verify
 from megnorm.data.tasks import fill_in_the_middle
 from megnorm.data.tokenizer import fingerprint, is_there
@@ -181,12 +181,8 @@ class Loader:
 
     def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
         """Rows of one data-parallel rank: count/dp_size ids from first_sample + dp_rank x count/dp_size on."""
-        if count % dp_size:
-            raise DataError(
-                f"a batch of {count} sequences cannot be dealt to {dp_size} data-parallel ranks: make it a multiple."
-            )
-        rows = count // dp_size
-        ids = first_sample + dp_rank * rows + np.arange(rows, dtype=np.int64)
+        ids = own_samples(first_sample, count, dp_rank, dp_size)
+        rows = len(ids)
         tokens = self.order.rows(ids)
         if self.config.fim_rate:
             self._fill_in_the_middle(tokens, ids)

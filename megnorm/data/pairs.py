@@ -12,7 +12,7 @@ from megnorm.data.batch import PairBatch
 from megnorm.data.config import MULTIPLE, DataConfig, padded_length
 from megnorm.data.errors import DataError, require_same
 from megnorm.data.languages import drawn, open_directions
-from megnorm.data.samples import key
+from megnorm.data.samples import key, own_samples
 
 POOL = 100  # buckets that are sorted by length together
 
@@ -130,13 +130,8 @@ class PairLoader:
         return self.buckets(epoch)[sample - (self._ends[epoch - 1] if epoch else 0)]
 
     def batch(self, first_sample: int, count: int, dp_rank: int = 0, dp_size: int = 1) -> list[PairBatch]:
-        """The buckets of one data-parallel rank: count/dp_size from first_sample + dp_rank x count/dp_size on."""
-        if count % dp_size:
-            raise DataError(
-                f"a batch of {count} buckets cannot be dealt to {dp_size} data-parallel ranks: make it a multiple."
-            )
-        rows = count // dp_size
-        return [self._pairs(first_sample + dp_rank * rows + i) for i in range(rows)]
+        """The buckets of one data-parallel rank."""
+        return [self._pairs(sample) for sample in own_samples(first_sample, count, dp_rank, dp_size).tolist()]
 
     def _pairs(self, sample: int) -> PairBatch:
         """A bucket; its pairs may be of several directions."""

@@ -24,6 +24,16 @@ BLOCK = 1 << 14  # indices that are permuted at a time
 _32 = np.uint64(32)
 
 
+def own_samples(first: int, count: int, dp_rank: int, dp_size: int) -> NDArray[np.int64]:
+    """The samples of one data-parallel rank: count/dp_size of the ``count`` from ``first`` on."""
+    if count % dp_size:
+        raise DataError(
+            f"a batch of {count} samples cannot be dealt to {dp_size} data-parallel ranks: make it a multiple."
+        )
+    part = count // dp_size
+    return first + dp_rank * part + np.arange(part, dtype=np.int64)
+
+
 def key(*parts: object) -> int:
     """64 bits that depend on all parts, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")

@@ -13,6 +13,9 @@ from megnorm.kernels.registry import FEATURES, Need, Scores, offer
 
 Reduce = Callable[[Tensor], Tensor]
 Params = Mapping[str, Tensor]
+SHORT = (
+    512  # keys; below it PyTorch's attention on a CPU is several times slower backward in bf16 and fp16 than in fp32
+)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,10 @@ def _softmax_attention(
         mask = mask.to(q.dtype)  # PyTorch's kernels there refuse a bias in another dtype, or misread it
     if scores.softcap is not None:
         return _capped_attention(scores.softcap, scores.scale, q, k, v, mask, dropout).permute(2, 0, 1, 3)
+    dtype = q.dtype
+    if q.device.type == "cpu" and max(s, k.shape[2]) < SHORT:
+        q, k, v = (x.to(wide(x)) for x in (q, k, v))
+        mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -232,7 +239,7 @@ def _softmax_attention(
         scale=scores.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.permute(2, 0, 1, 3)
+    return out.to(dtype).permute(2, 0, 1, 3)
 
 
 def _capped_attention(

@@ -176,6 +176,7 @@ def test_what_cannot_be(config: DataConfig) -> None:
         ("data.pairs.temperature=0.5", "data.pairs.temperature is 0.5; give a number from 1"),
         ("data.pairs.temperature=.inf", "data.pairs.temperature is inf"),
         ("data.pairs.both_ways=true", "name data.pairs.languages"),
+        ("data.pairs.tag_on=target", "there are none; name data.pairs.languages"),
         ("data.pairs.tag=<de>", "data.pairs.tag is <de>; write {} where"),
     ):
         with pytest.raises(ConfigError, match=match):

@@ -272,6 +272,15 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
         call("preprocess", "--input", source, "--output", out, "--tokenizer", tmp_path / "none")
 
 
+def test_a_tokenizer_of_two_languages(tmp_path: Path) -> None:
+    """Words of both columns are in it."""
+    (tmp_path / "x.tsv").write_text("house door\tHaus\n" * 9, encoding="utf-8")
+    words = ["tokenizer", "train", "--input", tmp_path / "x.tsv", "--vocab-size", 280, "--output"]
+    assert call(*words, tmp_path / "two", "--keys", 0, 1) == 0 and call(*words, tmp_path / "one", "--keys", 0) == 0
+    sizes = {name: load(str(tmp_path / name)).encode_batch(["Haus", "house"])[1].tolist() for name in ("one", "two")}
+    assert sizes == {"one": [4, 1], "two": [1, 1]}
+
+
 def test_a_trained_tokenizer_loads_in_transformers(tmp_path: Path) -> None:
     auto = pytest.importorskip("transformers").AutoTokenizer
     with pytest.raises(DataError, match="at least 258"):

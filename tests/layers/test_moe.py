@@ -313,14 +313,6 @@ def test_the_plan_tells_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "dp 4 of which 2 share the experts" in told
 
 
-def test_export_is_refused() -> None:
-    from megnorm.hf import custom
-
-    cfg = cases.config("preln", moe="dropless").model
-    with pytest.raises(ValueError, match="model.moe: no class for transformers holds experts"):
-        custom.check_state({}, cfg, resolve(cfg.norm, cfg.layers))
-
-
 def test_a_dense_model_has_no_routers() -> None:
     model = build_model(cases.config("preln").model)
     assert isinstance(model, CausalLM) and not list(router.routers(model))
