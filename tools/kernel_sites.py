@@ -29,11 +29,11 @@ from megnorm.layers.norm import NormLayer
 from megnorm.models.build import FAMILIES
 from megnorm.models.causal import CausalLM
 from megnorm.models.config import ModelConfig
-from megnorm.models.family import resolve_model
 from megnorm.norms import registry as schemes
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.mesh import Axis, Mesh
+from megnorm.plan import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernel_sites.md"
@@ -204,15 +204,19 @@ def _block(block: Block, add: Callable[[str, Any], None]) -> None:
 def asked_by(path: Path, machine: Machine) -> dict[str, str]:
     """What serves each operation of a preset. Raises ValueError where nothing does."""
     config = configs.load(path, [f"model.norm.cast={machine.cast}", "model.layers=4"])
+    tp = max(machine.tp, config.parallel.tp)
+    config = replace(
+        config, parallel=replace(config.parallel, tp=tp), kernels=KernelConfig(fp8=machine.fp8, check=False)
+    )
     m, d, t = config.model, config.data, config.train
     if m.family == "encdec":
-        m = replace(m, encoder_layers=4)
-    tp = max(machine.tp, config.parallel.tp)
-    mesh = Mesh(tp=Axis("tp", tp), device=torch.device("meta"), sequence_parallel=tp > 1)
-    tokens, kernels = t.micro_batch * t.sequence_length, KernelConfig(fp8=machine.fp8, check=False)
-    env = Env(mesh, torch.bfloat16, kernels, packed=d.separate_documents, tokens=tokens)
+        config = replace(config, model=replace(m, encoder_layers=4))
+    plan = make_plan(config, 64)
+    mesh = Mesh(tp=Axis("tp", tp), device=torch.device("meta"), sequence_parallel=plan.sequence_parallel)
+    tokens = t.micro_batch * t.sequence_length
+    env = Env(mesh, torch.bfloat16, config.kernels, packed=d.separate_documents, tokens=tokens)
     with on(machine) as asked:
-        FAMILIES[m.family](m, resolve_model(m), m.vocab_size, env)
+        FAMILIES[m.family](config.model, plan.resolved, plan.padded_vocab, env)
     return {op: ", ".join(sorted(served)) for op, served in asked.served.items()}
 
 
