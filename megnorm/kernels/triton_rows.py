@@ -59,10 +59,13 @@ def warps_of(block: int) -> int:
 
 
 def programs_of(x: Tensor, rows: int) -> int:
-    """How many programs share the rows of a backward kernel: each leaves one row of partial weight gradients."""
+    """How many programs share the rows of a backward kernel: each leaves one row of partial weight gradients.
+
+    One, where there is no row (experts that no token was sent to): it leaves zeros.
+    """
     if not x.is_cuda:
-        return min(rows, 3)
-    return min(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+        return max(1, min(rows, 3))
+    return max(1, min(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count))
 
 
 def rows_of(x: Tensor) -> Tensor:
