@@ -14,8 +14,6 @@ except ImportError as error:
 import torch
 from torch import Tensor
 
-LARGEST_ROW = 65536  # bytes of one row that a program holds at once
-
 
 @triton.jit
 def gain(xh, W, B, cols, mask, ROUND: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, CAST: tl.constexpr):
