@@ -336,8 +336,8 @@ def test_the_plan_tells_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_export_is_refused() -> None:
     from megnorm.hf import custom
 
-    cfg = cases.config("preln", moe="dropless").model
-    with pytest.raises(ValueError, match="model.moe: no class for transformers holds experts"):
+    cfg = cases.config("preln", moe="capacity").model
+    with pytest.raises(ValueError, match="model.moe.capacity=.*nobody has who generates.*export that"):
         custom.check_state({}, cfg, resolve(cfg.norm, cfg.layers))
 
 
