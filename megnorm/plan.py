@@ -159,6 +159,9 @@ def _check_kernels(config: RunConfig) -> None:
         raise PlanError(f"kernels.fp8={k.fp8} quantizes bf16, but train.precision={t.precision}; use bf16")
     if min(k.fp8_spare) < 0 or sum(k.fp8_spare) >= config.model.layers:
         raise PlanError(f"kernels.fp8_spare={k.fp8_spare} leaves none of model.layers={config.model.layers} to FP8")
+    if config.model.family == "encdec":
+        known = f"batches of model.family=encdec are padded to multiples of {MULTIPLE}"
+        raise PlanError(f"kernels.fp8={k.fp8} multiplies multiples of 16 tokens, and {known}; set kernels.fp8=null")
 
 
 def _check_graphs(config: RunConfig) -> None:
@@ -171,15 +174,12 @@ def _check_graphs(config: RunConfig) -> None:
         "data.separate_documents": d.separate_documents and "lengths of documents change",
         "data.reset_positions": d.reset_positions and "positions change",
         "train.recompute": t.recompute and "the host finds what is computed again",
-        f"parallel.pp={p.pp} and schedule={p.schedule}": (p.pp > 1 or p.schedule == "gpipe")
-        and "it needs several at once",
+        f"parallel.pp={p.pp} and schedule={p.schedule}": (p.pp > 1 or p.schedule == "gpipe") and "it needs several",
         f"kernels.fp8={config.kernels.fp8}": config.kernels.fp8 and "the host keeps its scales",
     }
     for key, why in reasons.items():
         if config.kernels.graphs and why:
-            raise PlanError(
-                f"kernels.graphs cannot be joined with {key}: {why}; set kernels.graphs=false, or change that"
-            )
+            raise PlanError(f"kernels.graphs cannot be joined with {key}: {why}; set kernels.graphs=false or change it")
 
 
 def check_model(m: ModelConfig) -> None:

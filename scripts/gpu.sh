@@ -4,6 +4,7 @@
 # docs/gpu.md tells how to read them.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # tools lie beside the package, which need not be installed
 out=${1:-gpu-report}
 python=${PYTHON:-python}
 if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

@@ -1,6 +1,6 @@
 """Which kernel would serve which norm of every scheme: models are built on the meta device, libraries taken for granted.
 
-python tools/kernel_sites.py            write docs/kernel_sites.md
+python tools/kernel_sites.py            write docs/kernel_sites.md, with what every preset of examples/papers asks for
 python tools/kernel_sites.py --check    exit 1 if it is not what the registry says now
 
 No accelerator and no library is needed: an offer is asked what it refuses, and is not made.
@@ -9,7 +9,7 @@ No accelerator and no library is needed: an offer is asked what it refuses, and 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from megnorm import config as configs
 from megnorm.kernels import backends, libraries, registry, torch_experts
 from megnorm.kernels.config import KernelConfig
 from megnorm.kernels.registry import Need
@@ -25,14 +26,20 @@ from megnorm.layers.block import Block
 from megnorm.layers.env import Env
 from megnorm.layers.fused import watched
 from megnorm.layers.norm import NormLayer
+from megnorm.models.build import FAMILIES
 from megnorm.models.causal import CausalLM
 from megnorm.models.config import ModelConfig
 from megnorm.norms import registry as schemes
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.mesh import Axis, Mesh
+from megnorm.plan import make_plan
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernel_sites.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "kernel_sites.md"
+PRESETS = sorted(
+    path for path in (ROOT / "examples" / "papers").glob("*.yaml") if path.with_stem(f"{path.stem}-tiny").exists()
+)
 NAMES = {
     "torch": "torch",
     "torch_grouped": "torch, one call",
@@ -51,6 +58,12 @@ each column, and asks the registry; nothing was run. bf16, width 2048, 16 heads 
 is Transformer Engine. In brackets stands the operation, where it holds more than the norm: `add+norm` the sum before it,
 `norm+add` the sum behind it, `norm+add+norm` also the next sub-layer's norm, `norm+linear` the product behind it, `heads` the
 norms of q, k and v and the rotation, `act+norm` the activation before it.
+
+"""
+
+PRESETS_INTRODUCTION = """
+The presets of `examples/papers` as they are (family, sizes, dropout, documents, tensor parallelism), but for their depth, cut
+to 4 layers a stack. Each operation that a preset asks for, and what serves it; several where layers or sites differ.
 
 """
 
@@ -188,6 +201,57 @@ def _block(block: Block, add: Callable[[str, Any], None]) -> None:
                 add(f"{name} {place}", joined.get(f"{name} {place}", norm.kernel))
 
 
+def asked_by(path: Path, machine: Machine) -> dict[str, str]:
+    """What serves each operation of a preset. Raises ValueError where nothing does."""
+    config = configs.load(path, [f"model.norm.cast={machine.cast}", "model.layers=4"])
+    tp = max(machine.tp, config.parallel.tp)
+    config = replace(
+        config, parallel=replace(config.parallel, tp=tp), kernels=KernelConfig(fp8=machine.fp8, check=False)
+    )
+    m, d, t = config.model, config.data, config.train
+    if m.family == "encdec":
+        config = replace(config, model=replace(m, encoder_layers=4))
+    plan = make_plan(config, 64)
+    mesh = Mesh(tp=Axis("tp", tp), device=torch.device("meta"), sequence_parallel=plan.sequence_parallel)
+    tokens = t.micro_batch * t.sequence_length
+    env = Env(mesh, torch.bfloat16, config.kernels, packed=d.separate_documents, tokens=tokens)
+    with on(machine) as asked:
+        FAMILIES[m.family](config.model, plan.resolved, plan.padded_vocab, env)
+    return {op: ", ".join(sorted(served)) for op, served in asked.served.items()}
+
+
+def presets() -> list[str]:
+    """The table of presets, those alike in one row, and why some are refused somewhere."""
+    rows: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for path in PRESETS:
+        columns: list[dict[str, str] | None] = []
+        for machine in MACHINES:
+            try:
+                columns.append(asked_by(path, machine))
+            except ValueError as error:
+                columns.append(None)
+                why = str(error).rpartition(": ")[2].rstrip(")")
+                if path.stem not in reasons.setdefault(why, []):
+                    reasons[why].append(path.stem)
+        asked = [op for op in registry.OPS if any(op in column for column in columns if column)]
+        cells = [tuple("refused" if c is None else c.get(op, "-") for c in columns) for op in asked]
+        rows.setdefault(tuple(zip(asked, cells, strict=True)), []).append(path.stem)
+    refused = [f"- {', '.join(f'`{name}`' for name in names)}: {why}" for why, names in reasons.items()]
+    return [*_table("preset", "operation", rows), "", "Refused by `fp8`:", "", *refused]
+
+
+def _table(first: str, second: str, rows: Mapping[tuple[tuple[str, tuple[str, ...]], ...], list[str]]) -> list[str]:
+    titles = " | ".join(machine.title for machine in MACHINES)
+    lines = [f"| {first} | {second} | {titles} |", "|---" * (2 + len(MACHINES)) + "|"]
+    for key, names in rows.items():
+        of = ", ".join(f"`{name}`" for name in names)
+        for place, cells in key or (("none", ("-",) * len(MACHINES)),):
+            lines.append(f"| {of} | {place} | " + " | ".join(cells) + " |")
+            of = ""
+    return lines
+
+
 def page() -> str:
     rows: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}
     other: dict[str, list[str]] = {}
@@ -201,16 +265,12 @@ def page() -> str:
                     other.setdefault(op, []).append(", ".join(sorted(asked.served[op])))
         key = tuple((site, tuple(column[site] for column in columns)) for site in columns[0])
         rows.setdefault(key, []).append(scheme)
-    titles = " | ".join(machine.title for machine in MACHINES)
-    lines = [INTRODUCTION + f"| scheme | norm | {titles} |", "|---" * (2 + len(MACHINES)) + "|"]
-    for key, names in rows.items():
-        first = ", ".join(f"`{name}`" for name in names)
-        for site, cells in key or (("none", ("-",) * len(MACHINES)),):
-            lines.append(f"| {first} | {site} | " + " | ".join(cells) + " |")
-            first = ""
+    lines = [INTRODUCTION + "\n".join(_table("scheme", "norm", rows))]
     lines += ["", "The other operations, which no scheme changes:", ""]
+    titles = " | ".join(machine.title for machine in MACHINES)
     lines += [f"| operation | {titles} |", "|---" * (1 + len(MACHINES)) + "|"]
     lines += [f"| `{op}` | " + " | ".join(cells) + " |" for op, cells in other.items()]
+    lines += [PRESETS_INTRODUCTION + "\n".join(presets())]
     return "\n".join(lines) + "\n"
 
 

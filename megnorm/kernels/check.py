@@ -31,7 +31,7 @@ class Example:
     call: Callable[[Callable[..., Any], Leaves], Outputs]
 
 
-class _Alone(NamedTuple):
+class Alone(NamedTuple):
     """An axis of one rank."""
 
     size: int = 1
@@ -190,7 +190,7 @@ def _cross_entropy(need: Need, draw: _Draw) -> Example:
     labels = torch.randint(0, 37, (s, b), generator=draw.generator)
 
     def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
-        return (fn(at["logits"] * 1.0, labels.to(at["logits"].device), 0, 37, _Alone()),)
+        return (fn(at["logits"] * 1.0, labels.to(at["logits"].device), 0, 37, Alone()),)
 
     return Example(leaves, call)
 
@@ -213,7 +213,7 @@ def _norm_linear(need: Need, draw: _Draw) -> Example:
         leaves["b"] = draw(outside)
 
     def call(fn: Callable[..., Any], at: Leaves) -> Outputs:
-        out = fn(at["x"], _pick(at, "p."), _args(need.norm, 1.0), at["w"], at.get("b"), _Alone())
+        out = fn(at["x"], _pick(at, "p."), _args(need.norm, 1.0), at["w"], at.get("b"), Alone())
         return tuple(out) if need.keep else (out,)
 
     return Example(leaves, call)

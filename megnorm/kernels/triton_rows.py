@@ -14,8 +14,6 @@ except ImportError as error:
 import torch
 from torch import Tensor
 
-LARGEST_ROW = 65536  # bytes of one row that a program holds at once
-
 
 @triton.jit
 def gain(xh, W, B, cols, mask, ROUND: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, CAST: tl.constexpr):
@@ -59,10 +57,13 @@ def warps_of(block: int) -> int:
 
 
 def programs_of(x: Tensor, rows: int) -> int:
-    """How many programs share the rows of a backward kernel: each leaves one row of partial weight gradients."""
+    """How many programs share the rows of a backward kernel: each leaves one row of partial weight gradients.
+
+    One, where there is no row (experts that no token was sent to): it leaves zeros.
+    """
     if not x.is_cuda:
-        return min(rows, 3)
-    return min(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+        return max(1, min(rows, 3))
+    return max(1, min(rows, 2 * torch.cuda.get_device_properties(x.device).multi_processor_count))
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ before its next forward, and the plan refuses what would not (plan.py). A block 
 without gradients (evaluation), where a probe watches what is inside, and for a batch of another shape.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -100,13 +101,16 @@ def capture(blocks: Sequence[nn.Module], run: Callable[[], object], make: Make |
 
 @torch.no_grad()
 def _seen(block: nn.Module, run: Callable[[], object]) -> tuple[Tensor, Context]:
-    found: list[tuple[Any, ...]] = []
-    handle = block.register_forward_pre_hook(lambda _, given: found.append(given))
+    found: list[inspect.BoundArguments] = []
+    takes = inspect.signature(block.forward)  # a context is given by name where a block may be computed again
+    handle = block.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(takes.bind(*args, **kwargs)), with_kwargs=True
+    )
     try:
         run()
     finally:
         handle.remove()
-    x, context = found[0]
+    x, context = found[0].args
     return x.detach(), context
 
 

@@ -36,6 +36,7 @@ class Mesh:
     ends: of the ranks that differ in pp alone the first and the last; size 1 between them. ties: the like by name, of other
     sets of such ranks; size 1 on ranks outside of a set.
     lanes: groups over pp for messages of each kind ("F", "B") from senders of each parity; empty: pp's own group.
+    timeout: seconds, of every collective of these groups; None: torch's.
     """
 
     pp: Axis = Axis("pp")
@@ -50,6 +51,7 @@ class Mesh:
     device: torch.device = torch.device("cpu")
     sequence_parallel: bool = False
     keep_gathered: bool = False
+    timeout: float | None = None
 
     @property
     def rank(self) -> int:
@@ -93,7 +95,7 @@ def build_mesh(
     ends = _tie(how, lines, "ends", (0, pp - 1)) if pp > 1 else Axis("ends")
     lanes = _lanes(how, lines) if device.type == "cuda" and pp > 1 else {}
     tied = {name: _tie(how, lines, name, ranks) for name, ranks in sorted(ties.items())}
-    return Mesh(*axes, ends, tied, lanes, device, sequence_parallel and tp > 1, keep_gathered)
+    return Mesh(*axes, ends, tied, lanes, device, sequence_parallel and tp > 1, keep_gathered, timeout)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def stage_axis(mesh: Mesh) -> Axis:
     if dp.size == 1 or tp.size == 1:
         group = tp.group if dp.size == 1 else dp.group
     else:
-        group = _stage_group(How(dist.group.WORLD, mesh.device.type), mesh.pp.size, width)
+        group = _stage_group(How(dist.group.WORLD, mesh.device.type, mesh.timeout), mesh.pp.size, width)
     return Axis("stage", width, dp.rank * tp.size + tp.rank, group)
 
 

@@ -315,6 +315,7 @@ def test_fp8_spares_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "sentence"),
     [
         (["kernels.fp8=current", "train.precision=fp32"], "quantizes bf16"),
+        (["kernels.fp8=current", "train.precision=bf16", "model.family=encdec"], "padded to multiples of 8; set"),
         (["kernels.fp8=block", "train.precision=bf16", "kernels.fp8_spare=[6,6]"], "leaves none of model.layers"),
     ],
 )

@@ -1,6 +1,11 @@
 """Our Triton kernels, interpreted, against the reference in float64: values and all gradients."""
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +37,24 @@ def test_agrees_with_the_reference(offer: registry.Offer, dtype: torch.dtype) ->
         rows = ((3, 2), (1, 1), (2, 3))[i % 3]
         found = check.difference(offer, need, "cpu", rows=rows, seed=i)
         assert found <= check.TOLERANCE[dtype], (need, found)
+
+
+@pytest.mark.parametrize("op", ["norm", "add_norm", "norm_add", "norm_add_norm", "act_stats", "head_scale"])
+def test_no_rows_have_no_gradient(op: str) -> None:
+    ours = next(offer for offer in OURS if offer.op == op)
+    need = next(need for need in needs(op, torch.float32) if ours.reason(need) is None)
+    assert check.difference(ours, need, "cpu", rows=(0, 2)) == 0.0
+
+
+@pytest.mark.full
+def test_the_compiler_takes_them(tmp_path: Path) -> None:
+    """For a GPU that is not there, in a process of its own: here they are interpreted."""
+    here = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compiling", "90"]
+    env = {**here, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.fullmatch(r"sm_90: [1-9]\d\d kernels compiled\n", done.stdout), done.stdout
 
 
 def test_what_has_no_kernel_is_refused() -> None:

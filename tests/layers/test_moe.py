@@ -18,7 +18,7 @@ from megnorm.kernels.registry import Need
 from megnorm.layers import router
 from megnorm.layers.dispatch import Dispatch, Routing
 from megnorm.layers.env import Env
-from megnorm.layers.moe import MoE
+from megnorm.layers.moe import Experts, MoE
 from megnorm.metrics.throughput import flops_per_token
 from megnorm.models.causal import CausalLM, Tokens, build_model
 from megnorm.models.config import ModelConfig, MoEConfig
@@ -249,6 +249,26 @@ def test_recompute_changes_nothing(scheme: str, moe: str) -> None:
     assert all(torch.equal(a, b) for loads in rest for a, b in zip(first, loads, strict=True)), "counted once"
 
 
+@pytest.mark.parametrize("counts", ((3, 0, 2, 0), (0, 0, 0, 0)))
+def test_an_expert_without_tokens_asks_no_norm_to_start_for_none(counts: tuple[int, ...]) -> None:
+    """Its gradients are zero, not absent: sums over ranks wait for all of them."""
+    cfg = cases.config("normformer", moe=MIXTURES[0]).model
+    model = build_model(cfg, Env(dtype=torch.float64))
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    assert len(experts.norms) == len(counts)
+    met: list[int] = []
+    for norm in experts.norms:
+        norm.register_forward_pre_hook(lambda _, given: met.append(len(given[0])))
+    x = torch.randn(sum(counts), cfg.width, dtype=torch.float64)
+    y = experts(x, torch.ones(len(x), 1, dtype=torch.float64), torch.tensor(counts))
+    assert met == [max(n, 1) for n in counts] and y.shape == x.shape
+    y.sum().backward()
+    for norm, n in zip(experts.norms, counts, strict=True):
+        for param in norm.parameters():
+            assert param.grad is not None and bool(param.grad.any()) == (n > 0)
+    assert experts.up.weight.grad is not None and experts.down.weight.grad is not None
+
+
 # Sizes
 
 
@@ -311,6 +331,14 @@ def test_the_plan_tells_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert "6 of 48 in 2 layers, a token takes 2 and one of 16 for all" in told
     assert "dp 4 of which 2 share the experts" in told
+
+
+def test_export_is_refused() -> None:
+    from megnorm.hf import custom
+
+    cfg = cases.config("preln", moe="capacity").model
+    with pytest.raises(ValueError, match="model.moe.capacity=.*nobody has who generates.*export that"):
+        custom.check_state({}, cfg, resolve(cfg.norm, cfg.layers))
 
 
 def test_a_dense_model_has_no_routers() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megnorm.parallel import nccl
-from megnorm.parallel.mesh import How, _axes, build_mesh
+from megnorm.parallel.mesh import Axis, How, Mesh, _axes, build_mesh, stage_axis
 
 HOPPER = {"tp": 2, "capability": (9, 0), "deterministic": False, "graphs": False}
 
@@ -80,6 +80,16 @@ def test_groups_that_computation_waits_for_come_first(monkeypatch: pytest.Monkey
     assert by_ranks[(0, 1, 2, 3)].urgent and by_ranks[(5, 13)].urgent
     data = [options.urgent for ranks, options in made if tuple(ranks) == (1, 5)]
     assert data == [False, True]  # gradients of dp have time; experts of ep do not
+
+
+def test_a_stages_group_has_the_limit_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made later, where kernels ask for it."""
+    limits: list[Any] = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks, *, timeout, **_: limits.append(timeout))
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 5)
+    axes = (Axis("pp", 2, 1), Axis("dp", 2, 0), Axis("tp", 2, 1))
+    stage_axis(Mesh(*axes, timeout=42.0))
+    assert limits == [timedelta(seconds=42)] * 2
 
 
 def layout(rank: int, world: int) -> dict[str, tuple[int, int, list[int]]]:

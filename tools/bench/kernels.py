@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megnorm.kernels import backends, registry
+from megnorm.kernels.check import Alone
 from megnorm.kernels.registry import Need, NormForm, Offer
 from megnorm.kernels.torch_ref import NormArgs
 from megnorm.layers import loss
@@ -40,14 +41,6 @@ PEAKS: dict[str, tuple[float, float]] = {
     "RTX 3090": (936, 71),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Alone(NamedTuple):
-    """An axis of one rank."""
-
-    size: int = 1
-    rank: int = 0
-    group: Any = None
 
 
 @dataclass(frozen=True)
