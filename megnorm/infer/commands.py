@@ -81,7 +81,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", type=Path, help="folder of task files beside lm-eval's own")
     parser.add_argument("--shots", type=int, help="examples in front of each question (default: as the task says)")
     parser.add_argument(
-        "--task", choices=["translation"], help="BLEU and chrF of --pairs by an encoder-decoder (needs megnorm[eval])"
+        "--task", choices=["translation"], help="BLEU and chrF of --pairs by an encoder-decoder (needs megnorm[scores])"
     )
     parser.add_argument("--pairs", type=Path, nargs="+", default=[], help="TSV files: text, translation")
     parser.add_argument("--limit", type=int, help="only the first of each file or task")
@@ -165,8 +165,9 @@ def _judge_texts(args: argparse.Namespace, source: Path) -> None:
 
 
 def _judge_translations(args: argparse.Namespace, source: Path) -> None:
-    from megnorm.infer.translate import load, quality, read_pairs, translate
+    from megnorm.infer.translate import load, quality, read_pairs, scorer, translate
 
+    scorer()
     pairs = {str(path): read_pairs(path, args.limit) for path in args.pairs}
     device = _device(args)
     one = load(source, device=device, tokenizer=args.tokenizer and str(args.tokenizer), end=args.end)
@@ -254,8 +255,10 @@ def add_translate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_translate(args: argparse.Namespace) -> int:
     """Print a line for each line, then the scores on standard error; the exit code."""
-    from megnorm.infer.translate import load, quality, translate
+    from megnorm.infer.translate import load, quality, scorer, translate
 
+    if args.references:
+        scorer()
     one = load(args.source, device=args.device, tokenizer=args.tokenizer, end=args.end)
     text = sys.stdin.read() if args.input is None else args.input.read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -136,15 +136,20 @@ class Quality:
     signatures: Mapping[str, str]
 
 
-def quality(said: Sequence[str], references: Sequence[str], *, target: str = "") -> Quality:
-    """BLEU and chrF. target: the language, which sacrebleu cuts words by."""
+def scorer() -> Any:
+    """sacrebleu's metrics. Raises a ValueError where it is not installed; to be asked before anything is translated."""
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu import metrics
     except ImportError:
-        raise ValueError("BLEU needs sacrebleu: pip install megnorm[eval]") from None
+        raise ValueError("BLEU needs sacrebleu: pip install megnorm[scores]") from None
+    return metrics
+
+
+def quality(said: Sequence[str], references: Sequence[str], *, target: str = "") -> Quality:
+    """BLEU and chrF, by sacrebleu. target: the language, which it cuts words by."""
     if len(said) != len(references):
         raise ValueError(f"there are {len(said)} translations and {len(references)} references; give one for each line")
-    metrics = {"bleu": BLEU(trg_lang=target), "chrf": CHRF()}
+    metrics = {"bleu": scorer().BLEU(trg_lang=target), "chrf": scorer().CHRF()}
     scores = {name: metric.corpus_score(list(said), [list(references)]) for name, metric in metrics.items()}
     signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
     lines = tuple(f"{scores[name]}  {signatures[name]}" for name in metrics)

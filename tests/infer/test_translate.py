@@ -75,14 +75,19 @@ def test_it_translates(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "line 1 has 31 tokens and the model takes 16" in capsys.readouterr().err
 
 
-def test_scores_need_sacrebleu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    with pytest.raises(ValueError, match=r"pip install megnorm\[eval\]"):
-        quality(["a"], ["a"])
+@pytest.mark.parametrize(
+    "words", [["eval", "x", "--task", "translation", "--pairs", "y"], ["translate", "x", "--references"]]
+)
+def test_scores_need_sacrebleu(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is missed before the model is looked for."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert main(words) == 2
+    assert "pip install megnorm[scores]" in capsys.readouterr().err
 
 
 def test_scores_are_sacrebleus() -> None:
-    pytest.importorskip("sacrebleu")
     found = quality(["the cat sat on the mat ."], ["the cat sat on the mat ."])
     assert found.bleu == pytest.approx(100.0) and found.chrf == pytest.approx(100.0)
     bleu, chrf = found.lines
@@ -96,7 +101,6 @@ def test_scores_are_sacrebleus() -> None:
 @pytest.mark.full
 def test_translations_are_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the verb eval: a row for each file, with its signature, in eval.jsonl too; every checkpoint once."""
-    pytest.importorskip("sacrebleu")
     names = [str(tmp_path / name) for name in ("right.tsv", "half.tsv")]
     for name, references in zip(names, (WANTED, [*WANTED[:2], "wrong"]), strict=True):
         text = "\n".join(f"{a}\t{b}" for a, b in zip(LINES, references, strict=True))
