@@ -34,13 +34,10 @@ settings.load_profile("megnorm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, one of them runs all of a file's tests on ranks: what they share is made once.
-
-    Each worker has pools of its own: ranks often wait for each other, or for the serial run, and leave time to others.
-    """
+    """With several workers, one of them runs all tests on ranks: a pool is worth its start only once."""
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(scope="session")
