@@ -1,8 +1,12 @@
 """Switches for looking closely, off by default; and what is said when memory runs out."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -79,19 +83,17 @@ def test_options_survive_the_saved_config(tmp_path: Path) -> None:
     assert configs.load(tmp_path / "saved.yaml") == config and config.train.profile.trace == (3, 5)
 
 
-def test_nccl_keeps_a_record_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "mine")
-    train = TrainConfig(out=str(tmp_path), profile=ProfileConfig(flight_recorder=True))
-    profile.prepare(train, torch.device("cpu"))
-    environment = profile.os.environ
-    assert "TORCH_FR_BUFFER_SIZE" not in environment, "gloo has none"
-    profile.prepare(train, torch.device("cuda"))
-    assert environment["TORCH_FR_BUFFER_SIZE"] == "2000" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert environment["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "mine", "what the user has set stays"
-    for key in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
-        monkeypatch.setenv(key, "")  # so that it is taken back
+def test_nccl_keeps_a_record_of_its_own(tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ):  # taken back whole
+        for key in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+            os.environ.pop(key, None)
+        os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = "mine"
+        train = TrainConfig(out=str(tmp_path), profile=ProfileConfig(flight_recorder=True))
+        profile.prepare(train, torch.device("cpu"))
+        assert "TORCH_FR_BUFFER_SIZE" not in os.environ, "gloo has none"
+        profile.prepare(train, torch.device("cuda"))
+        assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000" and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+        assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "mine", "what the user has set stays"
 
 
 # Out of memory
@@ -126,3 +128,24 @@ def test_what_counts_as_memory_that_has_run_out() -> None:
     )
     assert out_of_memory(RuntimeError("Connection closed by peer"), train) is None
     assert out_of_memory(ValueError("out of memory"), train) is None
+
+
+KEPT = """
+import resource, sys, torch
+from megnorm.train.memory import keep_pages
+sys.argv[1] == "kept" and keep_pages()
+for i in range(4):
+    begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MB, more than the allocator keeps by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_pages_are_kept_for_the_next_step() -> None:
+    """A tensor as large as the last one costs no page faults; without it, one for every page."""
+    asked, kept = (
+        int(subprocess.run([sys.executable, "-c", KEPT, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("asked", "kept")
+    )
+    assert kept < asked / 4
