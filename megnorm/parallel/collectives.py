@@ -90,14 +90,8 @@ class Started(NamedTuple):
 def begin_all_gather(x: Tensor, axis: Axis) -> Started:
     """``all_gather`` over an axis of several ranks, not waited for."""
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    work: Pending
-    if messages.serve(x):
-        own_slice(out, axis).copy_(x)
-        work = messages.start_all_gather(out, axis)
-    else:
-        x = x.contiguous()
-        work = _all_gather(out, x, group=axis.group, async_op=True)
-    return Started(out, work, x, "all_gather", axis.name, out.nbytes)
+    own_slice(out, axis).copy_(x)
+    return Started(out, start_all_gather(out, axis), out, "all_gather", axis.name, out.nbytes)
 
 
 def begin_reduce_scatter(x: Tensor, axis: Axis) -> Started:
