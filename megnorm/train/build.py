@@ -30,7 +30,6 @@ from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.plan import Plan, PlanError
 from megnorm.train.guard import Guard
-from megnorm.train.memory import keep_pages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -70,8 +69,6 @@ def build(plan: Plan, device: torch.device, train_data: Samples | None = None) -
     train_data: instead of what the config names, without a validation split (for benchmarks).
     """
     config = plan.config
-    if device.type == "cpu":
-        keep_pages()
     valid_data = None
     if train_data is None:
         if config.model.family == "classifier" and config.train.eval_batches:

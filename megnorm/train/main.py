@@ -28,7 +28,7 @@ from megnorm.train.build import Run, build
 from megnorm.train.guard import DivergedError
 from megnorm.train.hang import Identity
 from megnorm.train.loop import fit
-from megnorm.train.memory import MemoryEndedError, remedied
+from megnorm.train.memory import MemoryEndedError, keep_pages, remedied
 from megnorm.train.signals import EXIT_STOPPED
 from megnorm.train.text_units import TextUnits
 from megnorm.train.watchdog import Watchdog
@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace, config: configs.RunConfig, where: launch.Worl
     if config.kernels.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        keep_pages()
     profile.prepare(config.train, device)
     launch.init(where, device, config.parallel.timeout)
     folder = Path(config.train.out) / "checkpoints"

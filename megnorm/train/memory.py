@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_pages() -> None:
-    """Let the C allocator keep for the next step what this one frees, where it is glibc's.
+    """Let the C allocator keep for the next step what this one frees, where it is glibc's; for the rest of the process.
 
     By default it asks the kernel for each tensor beyond 32 MB and hands it back: every step then waits for fresh zeroed
     pages (14% of the time of model S on two cores).

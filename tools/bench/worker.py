@@ -26,6 +26,7 @@ from megnorm.metrics.throughput import flops_per_token
 from megnorm.parallel.rng import derive
 from megnorm.plan import make_plan
 from megnorm.train.build import Run, build
+from megnorm.train.memory import keep_pages
 from megnorm.train.step import train_step
 
 # 8 layers of width 512 over a vocabulary of 50304: small enough for a CPU, with the shape of GPT-2.
@@ -62,6 +63,7 @@ def answer(run: Run, count: int) -> dict[str, Any]:
 
 def serve(rank: int, world: int, store: str, config: RunConfig, stdin: int) -> None:
     """Rank 0 reads commands and tells the others how many steps to take."""
+    keep_pages()
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world))
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)

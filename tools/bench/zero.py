@@ -22,6 +22,7 @@ from worker import MODEL_S, RandomTokens
 from megnorm import config as configs
 from megnorm.plan import make_plan
 from megnorm.train.build import build
+from megnorm.train.memory import keep_pages
 from megnorm.train.step import train_step
 
 RUNS = {"plain": "parallel.zero=0", "control": "parallel.zero=0", "zero": "parallel.zero=1"}
@@ -30,6 +31,7 @@ WORDS = ("parallel.dp=2", "train.threads=1", "train.micro_batch=4")
 
 def serve(rank: int, world: int, store: str, words: list[str], pairs: int) -> None:
     """Build the three runs on this rank and step them in turn, the order reversed every other round; rank 0 prints."""
+    keep_pages()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     runs = {}
