@@ -132,14 +132,18 @@ def run_eval(args: argparse.Namespace) -> int:
         raise ValueError("eval: --task translation computes in float32; leave --dtype out")
     if not args.text and not args.tasks and not args.task:
         raise ValueError("eval: nothing to judge by; give --text, --tasks or --task translation")
-    judge = _judge_translations if args.task else _judge_texts
+    judge = (_judge_of_translations if args.task else _judge_of_texts)(args)
     if args.follow is None:
-        judge(args, args.source)
+        judge(args.source)
         return 0
     return _follow(args, judge)
 
 
-def _judge_texts(args: argparse.Namespace, source: Path) -> None:
+Judge = Callable[[Path], None]
+"""Judges the model of a path, and reports; what it judges by has been read."""
+
+
+def _judge_of_texts(args: argparse.Namespace) -> Judge:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from transformers.utils import logging
@@ -154,29 +158,35 @@ def _judge_texts(args: argparse.Namespace, source: Path) -> None:
     logging.disable_progress_bar()
     batch = args.batch or 8
     texts = {name: read_texts([name], args.key, args.limit) for name in args.text}
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    generator = load(source, dtype=getattr(torch, args.dtype), device=device, tokenizer=args.tokenizer)
-    results = {name: text_loss(generator, found, batch=batch).values() for name, found in texts.items()}
     tasks = [task for task in args.tasks.split(",") if task]
-    if tasks:
-        options = {"include": args.include, "shots": args.shots, "limit": args.limit, "batch": batch}
-        results |= run_tasks(generator, tasks, **options)
-    _report(args, source, results, {})
+
+    def judge(source: Path) -> None:
+        generator = load(source, dtype=getattr(torch, args.dtype), device=_device(args), tokenizer=args.tokenizer)
+        results = {name: text_loss(generator, found, batch=batch).values() for name, found in texts.items()}
+        if tasks:
+            options = {"include": args.include, "shots": args.shots, "limit": args.limit, "batch": batch}
+            results |= run_tasks(generator, tasks, **options)
+        _report(args, source, results, {})
+
+    return judge
 
 
-def _judge_translations(args: argparse.Namespace, source: Path) -> None:
+def _judge_of_translations(args: argparse.Namespace) -> Judge:
     from megnorm.infer.translate import load, quality, read_pairs, scorer, translate
 
     scorer()
     pairs = {str(path): read_pairs(path, args.limit) for path in args.pairs}
-    device = _device(args)
-    one = load(source, device=device, tokenizer=args.tokenizer and str(args.tokenizer), end=args.end)
-    results, signatures = {}, {}
-    for name, (texts, references) in pairs.items():
-        said = translate(one, texts, _beam(args, one), to=args.to)
-        found = quality(said, references, target=args.target or one.target(args.to) or "")
-        results[name], signatures[name] = {"bleu": found.bleu, "chrf": found.chrf}, dict(found.signatures)
-    _report(args, source, results, signatures)
+
+    def judge(source: Path) -> None:
+        one = load(source, device=_device(args), tokenizer=args.tokenizer and str(args.tokenizer), end=args.end)
+        results, signatures = {}, {}
+        for name, (texts, references) in pairs.items():
+            said = translate(one, texts, _beam(args, one), to=args.to)
+            found = quality(said, references, target=args.target or one.target(args.to) or "")
+            results[name], signatures[name] = {"bleu": found.bleu, "chrf": found.chrf}, found.signatures
+        _report(args, source, results, signatures)
+
+    return judge
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -220,7 +230,7 @@ def _step(source: Path) -> int | None:
     return None if (source / "config.json").is_file() else int(io.read_meta(checkpoint_of(source))["step"])
 
 
-def _follow(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Path], None]) -> int:
+def _follow(args: argparse.Namespace, judge: Judge) -> int:
     """Judge the checkpoints of a run that have not been yet, oldest first, until that of its last step is."""
     from megnorm.checkpoint import folder, io
     from megnorm.infer.evaluate import RESULTS, done_steps
@@ -233,7 +243,7 @@ def _follow(args: argparse.Namespace, judge: Callable[[argparse.Namespace, Path]
                 continue
             meta: dict[str, Any] = io.read_meta(path)
             if meta["step"] not in done:
-                judge(args, path)
+                judge(path)
             if meta["step"] >= meta["config"]["train"]["steps"]:
                 return 0
         time.sleep(args.follow)
