@@ -17,7 +17,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_megnorm import rotary_angles
 from .configuration_megnorm import MegnormConfig
 from .ffn_megnorm import activation
-from .layers_megnorm import Block, Embedding
 from .modeling_megnorm import MegnormPreTrainedModel
 from .norms_megnorm import make_norm
 
@@ -29,14 +28,7 @@ class MegnormEncoder(MegnormPreTrainedModel):
         super().__init__(config)
         config.layer_norms()
         norm = config.norm.get("encoder") or config.norm
-        rows = config.max_source_positions or config.max_position_embeddings
-        self.embed = Embedding(config, norm["embedding"], rows)
-        if config.relative_buckets is not None:
-            self.relative = nn.Embedding(config.relative_buckets, config.num_attention_heads)
-        self.blocks = nn.ModuleList(Block(config, layer, i, causal=False) for i, layer in enumerate(norm["layers"]))
-        self.final_norm = make_norm(norm["final"], config.hidden_size)
-        self.gradient_checkpointing = False
-        self.post_init()
+        self._stack(norm, config.max_source_positions or config.max_position_embeddings, causal=False)
 
     @merge_with_config_defaults
     @capture_outputs

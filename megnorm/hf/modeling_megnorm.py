@@ -54,6 +54,17 @@ class MegnormPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Attention) and module.scaled:
             init.ones_(module.head_scale)
 
+    def _stack(self, norm: dict[str, Any], rows: int, *, table: bool = True, **kind: Any) -> None:
+        """Make what a stack of blocks has; norm: where its norms stand. rows: of positions. kind: of its blocks."""
+        config = self.config
+        self.embed = Embedding(config, norm["embedding"], rows, table=table)
+        if config.relative_buckets is not None:
+            self.relative = nn.Embedding(config.relative_buckets, config.num_attention_heads)
+        self.blocks = nn.ModuleList(Block(config, layer, i, **kind) for i, layer in enumerate(norm["layers"]))
+        self.final_norm = make_norm(norm["final"], config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
     def get_input_embeddings(self) -> nn.Module | None:
         return self.embed.token if hasattr(self, "embed") else self.model.get_input_embeddings()
 
@@ -84,14 +95,8 @@ class MegnormModel(MegnormPreTrainedModel):
 
     def __init__(self, config: MegnormConfig, *, cross: bool = False, table: bool = True):
         super().__init__(config)
-        norms = config.layer_norms()
-        self.embed = Embedding(config, config.norm["embedding"], config.max_position_embeddings, table=table)
-        if config.relative_buckets is not None:
-            self.relative = nn.Embedding(config.relative_buckets, config.num_attention_heads)
-        self.blocks = nn.ModuleList(Block(config, norm, i, cross=cross) for i, norm in enumerate(norms))
-        self.final_norm = make_norm(config.norm["final"], config.hidden_size)
-        self.gradient_checkpointing = False
-        self.post_init()
+        config.layer_norms()
+        self._stack(config.norm, config.max_position_embeddings, table=table, cross=cross)
 
     @merge_with_config_defaults
     @capture_outputs

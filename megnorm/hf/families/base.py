@@ -186,7 +186,7 @@ class Family:
         return state
 
     def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
-        """The ModelConfig of a config.json. Raises ValueError naming what megnorm cannot express."""
+        """The ModelConfig of a config.json. Abstract. Raises ValueError naming what megnorm cannot express."""
         raise NotImplementedError
 
     def rename(self, state: Mapping[str, "Tensor"], model: ModelConfig) -> State:
