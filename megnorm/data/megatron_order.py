@@ -92,9 +92,8 @@ def _cut(
     that of the result.
     """
     out = np.empty((total + 1, 2), np.int32 if len(order) <= np.iinfo(np.int32).max else np.int64)
-    lengths = np.require(
-        lengths, requirements="A"
-    )  # in the file they are not, and take would copy them all in each turn
+    # In the file they are not aligned, and take would copy them all in each turn.
+    lengths = np.require(lengths, requirements="A")
     side: Literal["left", "right"] = "right" if extra else "left"
     tokens = found = 0
     for start in range(0, len(order), CHUNK):

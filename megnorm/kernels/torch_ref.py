@@ -13,9 +13,8 @@ from megnorm.kernels.registry import FEATURES, Need, Scores, offer
 
 Reduce = Callable[[Tensor], Tensor]
 Params = Mapping[str, Tensor]
-SHORT = (
-    512  # keys; below it PyTorch's attention on a CPU is several times slower backward in bf16 and fp16 than in fp32
-)
+# Keys. Below it PyTorch's attention on a CPU is several times slower backward in bf16 and fp16 than in fp32.
+SHORT = 512
 
 
 @dataclass(frozen=True)

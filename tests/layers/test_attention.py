@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megnorm.config import RunConfig
@@ -136,6 +137,18 @@ def test_low_precision_is_near(scores: Scores, dtype: torch.dtype) -> None:
     ours = fn(*(x.to(dtype) for x in qkv), mask=None, documents=None, dropout=0.0)
     assert ours.dtype == dtype
     assert (ours.double() - by_hand(*qkv, scores)).abs().max() < (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(("length", "kind"), [(5, torch.float32), (512, torch.bfloat16)])
+def test_short_sequences_are_computed_in_fp32_on_a_cpu(length: int, kind: torch.dtype) -> None:
+    """Below 512 keys the output is fp32's, rounded once; from there on it is PyTorch's own in bf16."""
+    qkv = [x.bfloat16() for x in projections(length)]
+    ours = make_attention(Need("attention", "cpu", torch.bfloat16, head_dim=4))(
+        *qkv, mask=None, documents=None, dropout=0.0
+    )
+    q, k, v = (x.to(kind).permute(1, 2, 0, 3) for x in qkv)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).bfloat16().permute(2, 0, 1, 3)
+    assert torch.equal(ours, wanted)
 
 
 def test_gradients_and_dropout_of_capped_scores() -> None:
