@@ -1,9 +1,11 @@
-"""Time training workers in turn, so that the machine's drift touches all alike: A B, B A, A B, ..."""
+"""Time training workers, or calls within one process, in turn: A B, B A, A B, ..., so that drift touches all alike."""
 
 import json
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,13 +62,36 @@ def alternate(workers: list[Worker], rounds: int, warmup: int = 2) -> None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """seconds of one worker / seconds of the base, round by round: median and middle half."""
+    """Seconds of one / seconds of the base, round by round: median and middle half."""
 
     median: float
     low: float
     high: float
 
     @staticmethod
-    def of(worker: Worker, base: Worker) -> "Ratio":
-        pairs = sorted(a / b for a, b in zip(worker.seconds, base.seconds, strict=True))
+    def of(seconds: list[float], base: list[float]) -> "Ratio":
+        pairs = sorted(a / b for a, b in zip(seconds, base, strict=True))
         return Ratio(statistics.median(pairs), pairs[len(pairs) // 4], pairs[-1 - len(pairs) // 4])
+
+
+def in_turn(calls: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call in every round after ``warmup``."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmup + rounds):
+        for name in calls if i % 2 else reversed(calls):
+            begun = time.perf_counter()
+            calls[name]()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def table(seconds: Mapping[str, list[float]]) -> str:
+    """A line for each: median seconds, and time over that of the first in the same round with its middle half."""
+    base, *_ = seconds.values()
+    lines = [f"{'name':<10}{'s/step':>8}{'time ratio':>12}{'middle half':>18}"]
+    for name, times in seconds.items():
+        ratio = Ratio.of(times, base)
+        span = f"{ratio.low:.3f} to {ratio.high:.3f}"
+        lines.append(f"{name:<10}{statistics.median(times):>8.3f}{ratio.median:>12.3f}{span:>18}")
+    return "\n".join(lines)

@@ -30,7 +30,7 @@ def main() -> int:
         none = Worker.start("none", overrides)
         again = Worker.start(mode or "none", [*overrides, f"train.recompute=[{mode.replace('+', ',')}]"])
         alternate([none, again], args.pairs)
-        ratio = Ratio.of(again, none)
+        ratio = Ratio.of(again.seconds, none.seconds)
         span = f"{ratio.low:.3f} to {ratio.high:.3f}"
         gained = none.peak_mb - again.peak_mb
         label = mode or "none (control)"

@@ -27,7 +27,7 @@ def main() -> int:
         base = Worker.start(args.base, [*overrides, f"model.norm.scheme={args.base}"])
         other = Worker.start(scheme, [*overrides, f"model.norm.scheme={scheme}"])
         alternate([base, other], args.pairs)
-        ratio = Ratio.of(other, base)
+        ratio = Ratio.of(other.seconds, base.seconds)
         span = f"{ratio.low:.3f} to {ratio.high:.3f}"
         label = f"{scheme} (control)" if scheme == args.base else scheme
         memory, extra = other.peak_mb / base.peak_mb, other.ready["parameters"] - base.ready["parameters"]

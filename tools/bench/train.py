@@ -24,7 +24,7 @@ def main() -> int:
     alternate(workers, args.rounds)
     print(f"{'name':<24}{'s/step':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'time ratio':>12}{'middle half':>16}{'peak MB':>9}")
     for worker in workers:
-        seconds, ratio = statistics.median(worker.seconds), Ratio.of(worker, workers[0])
+        seconds, ratio = statistics.median(worker.seconds), Ratio.of(worker.seconds, workers[0].seconds)
         tokens = worker.ready["tokens_per_step"]
         rate = tokens * worker.ready["flops_per_token"] / seconds / 1e9
         span = f"{ratio.low:.3f} to {ratio.high:.3f}"

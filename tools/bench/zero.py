@@ -9,14 +9,14 @@ plain run. The gather of updated weights, which hides behind the next forward pa
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from alternate import in_turn, table
 from worker import MODEL_S, RandomTokens
 
 from megnorm import config as configs
@@ -34,25 +34,21 @@ def serve(rank: int, world: int, store: str, words: list[str], pairs: int) -> No
     keep_pages()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    runs = {}
-    seconds: dict[str, list[float]] = {name: [] for name in RUNS}
-    for name, zero in RUNS.items():
+
+    def stepping(zero: str) -> Callable[[], None]:
         config = configs.load(None, [*MODEL_S, *WORDS, *words, zero])
-        runs[name] = build(make_plan(config, world), torch.device("cpu"), RandomTokens(config))
-    for i in range(2 + pairs):
-        for name in RUNS if i % 2 else reversed(RUNS):
+        run = build(make_plan(config, world), torch.device("cpu"), RandomTokens(config))
+
+        def step() -> None:
             dist.barrier()
-            begun = time.perf_counter()
-            train_step(runs[name])
-            runs[name].flat.wait_weights()
-            if i > 1:
-                seconds[name].append(time.perf_counter() - begun)
+            train_step(run)
+            run.flat.wait_weights()
+
+        return step
+
+    seconds = in_turn({name: stepping(zero) for name, zero in RUNS.items()}, pairs)
     if rank == 0:
-        print(f"{'name':<10}{'s/step':>8}{'time ratio':>12}{'middle half':>18}")
-        for name, times in seconds.items():
-            ratios = sorted(a / b for a, b in zip(times, seconds["plain"], strict=True))
-            span = f"{ratios[pairs // 4]:.3f} to {ratios[-1 - pairs // 4]:.3f}"
-            print(f"{name:<10}{statistics.median(times):>8.3f}{statistics.median(ratios):>12.3f}{span:>18}")
+        print(table(seconds))
     dist.barrier()
     dist.destroy_process_group()
 
