@@ -24,7 +24,7 @@ step() {
 step "ruff check" .venv/bin/ruff check .
 step "ruff format" .venv/bin/ruff format --check .
 step "mypy" .venv/bin/mypy
-step "pytest -m '$marks'" .venv/bin/python -m pytest -q -m "$marks" -n 2 --dist loadgroup --durations=10 "$@"
+step "pytest -m '$marks'" .venv/bin/python -m pytest -q -m "$marks" -n 2 --dist loadgroup --durations=40 "$@"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}"

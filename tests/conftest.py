@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from megnorm.train import memory  # noqa: E402
+from tests.distributed.awake import awake  # noqa: E402
 from tests.distributed.pool import Pool, close_all, pool  # noqa: E402
 
 # It is for the whole process, and for good: tests of what little memory serves would inherit what others have freed.
@@ -62,5 +63,6 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Pool]]:
     """``ranks(n).run(function, *args)`` calls function(rank, n, *args) on n gloo ranks; see distributed/pool.py."""
-    yield pool
+    with awake():
+        yield pool
     close_all()

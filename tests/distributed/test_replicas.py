@@ -102,12 +102,20 @@ def test_replicas_stay_equal(ranks: Any, tmp_path: Path, scheme: str, model: str
         assert held_by(holders, "blocks.1.attention.q_norm.weight") == {1}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-@pytest.mark.parametrize(("scheme", "model", "kind"), (EVERYTHING, HEADS, WIDTHS))
-@pytest.mark.parametrize(("kv", "sequence_parallel"), ((1, True), (2, True), (1, False)))
+def on_four_ranks() -> list[Any]:
+    """Every combination: in the full set every pair of a model, a split of heads and a precision; the rest is exhaustive."""
+    found = []
+    for i, model in enumerate((EVERYTHING, HEADS, WIDTHS)):
+        for j, split in enumerate(((1, True), (2, True), (1, False))):
+            for k, precision in enumerate(("fp32", "bf16")):
+                mark = pytest.mark.full if (i + j + k) % 2 == 0 else pytest.mark.exhaustive
+                found.append(pytest.param(*model, *split, precision, marks=mark))
+    return found
+
+
+@pytest.mark.parametrize(("scheme", "model", "kind", "kv", "sequence_parallel", "precision"), on_four_ranks())
 def test_replicas_stay_equal_on_four_ranks(
-    ranks: Any, tmp_path: Path, scheme: str, model: str, kind: str, precision: str, kv: int, sequence_parallel: bool
+    ranks: Any, tmp_path: Path, scheme: str, model: str, kind: str, kv: int, sequence_parallel: bool, precision: str
 ) -> None:
     holders = check(
         ranks, tmp_path, scheme, model=model, kind=kind, precision=precision, tp=4, kv=kv,

@@ -87,6 +87,13 @@ def indices(work: Path) -> None:
         return megatron_order.gpt_indices(data.lengths, 0, len(data), length=LENGTH, seed=1, samples=samples)
 
     line(f"order megatron: index of {samples:,} samples", f"{timed(megatron):.3f} s", "<= 0.083 s")
+
+    def shuffles() -> None:
+        random = np.random.RandomState(1)
+        for count in (10 * len(data), samples):
+            random.shuffle(np.arange(count))
+
+    line("the two shuffles alone that this order prescribes", f"{timed(shuffles):.3f} s")
     ids = np.random.default_rng(1).permutation(loader.samples())[: 64 * 200]
     reads = timed(lambda: [loader.order.rows(ids[i : i + 64]) for i in range(0, len(ids), 64)])
     line("random samples of 1024 tokens, order default", f"{len(ids) / reads:,.0f} /s", ">= 42,000 /s")
