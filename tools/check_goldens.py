@@ -1,10 +1,10 @@
 """Hold megnorm's models against goldens: ``python tools/check_goldens.py DIR [--tp N] [--pp N] [--verbose]``.
 
 Every golden under DIR (neutral and frontier pairs NAME.json + NAME.safetensors, Hugging Face folders) is built by the
-training code's builder from a config derived from its json alone, run forward and backward, and compared: one line a
-golden, then ``N passed, M failed, K not covered``. The exit status is 1 if any failed, 2 for wrong arguments.
+training code's builder from a config derived from its json alone (a Hugging Face folder's by the import that ``megnorm
+convert`` has), run forward and backward, and compared: one line a golden, then ``N passed, M failed, K not covered``. The exit status is 1 if any failed, 2 for wrong arguments.
 
-Errors and limits: neutral sets in float64, logits and loss 1e-10 relative to max(1, largest magnitude), each gradient
+Errors and limits: neutral sets and folders in float64, logits and loss 1e-10 relative to max(1, largest magnitude), each gradient
 1e-6 of max(its norm, 1e-3 of the global norm); frontier sets in float32, logits and loss 2e-4 absolute, each gradient
 1e-3 by the same rule. Errors are largest over elements (logits) and over parameters (gradients).
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # megnorm from 
 import torch
 import torch.distributed as dist
 from goldens import case as cases
-from goldens import frontier, neutral
+from goldens import frontier, hf, neutral
 from goldens.case import Case, NotCovered
 from goldens.run import Errors, mesh_of, run
 
@@ -56,7 +56,7 @@ class Line:
 def load(path: Path) -> Case:
     """The golden at ``path``. Raises NotCovered for a kind that is not built, ValueError if it cannot be read."""
     if path.is_dir():
-        raise NotCovered("Hugging Face folder")
+        return hf.case(path)
     data, tensors = cases.read(path)
     reader = neutral if any(name.startswith(("weight/", "input/")) for name in tensors) else frontier
     return reader.case(data, tensors)

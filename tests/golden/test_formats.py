@@ -196,13 +196,32 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "statistics.json").write_text('{"q": {"std": 0.02}}')
     (folder / "hf2.5").mkdir()
     for name in ("config.json", "golden.json"):
-        (folder / "hf2.5" / name).write_text("{}")
+        (folder / "hf2.5" / name).write_text('{"model_type": "gptj"}')
     assert main([str(folder)]) == 0
     lines = lines_of(capsys)
     assert [line.split(":")[0] for line in lines[:-1]] == ["deep/hybrid_dense__hybridnorm", "deep/mixln_pre", "hf2.5"]
     assert lines[0].endswith("  pass") and "hybridnorm  logits " in lines[0]
-    assert lines[2].endswith("not covered (Hugging Face folder)")
+    assert lines[2].endswith("not covered (megnorm does not import model_type 'gptj')")
     assert lines[-1] == "2 passed, 0 failed, 1 not covered"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", "{", "config.json cannot be read"),
+        ("config.json", "[]", "config.json holds no fields"),
+        ("config.json", "{}", "config.model_type is missing"),
+        ("golden.safetensors", "{", "golden.safetensors cannot be read"),
+    ],
+)
+def test_a_broken_folder_fails(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str, words: str
+) -> None:
+    shutil.copytree(shared / "golden" / "hf" / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / file).unlink()
+    (tmp_path / "llama" / file).write_text(text)
+    assert main([str(tmp_path)]) == 1
+    assert words in lines_of(capsys)[0]
 
 
 def test_the_printed_config_is_the_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ class Case:
     relative to max(1, largest magnitude), else absolute. zero: parameters that the reference lacks and that are zero
     here, so that they change nothing; their gradients are not compared. table: the reference's position table, or None.
     source [b, s']: of an encoder-decoder. real [b, s] bool: False at padding of an encoder's tokens; None: there is none.
+    segments [b, s]: token types. seen [b, s] bool: where logits are compared; None: everywhere.
     """
 
     model: ModelConfig
@@ -61,6 +62,8 @@ class Case:
     table: Tensor | None = None
     source: Tensor | None = None
     real: Tensor | None = None
+    segments: Tensor | None = None
+    seen: Tensor | None = None
 
 
 def find(folder: Path) -> Iterator[Path]:

@@ -90,8 +90,9 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
         raise ValueError(f"logits are {list(logits.shape)}, the golden's {list(case.logits.shape)}")
     scale = max(1.0, case.logits.abs().max().item()) if case.logits_relative else 1.0
     loss_scale = max(1.0, abs(case.loss)) if case.logits_relative else 1.0
+    difference = (logits - case.logits).abs()
     return Errors(
-        (logits - case.logits).abs().max().item() / scale,
+        (difference if case.seen is None else difference[case.seen]).max().item() / scale,
         abs(loss.item() - case.loss) / loss_scale,
         _gradient_errors(gradients(stage, mesh), case),
         case.logits_relative,
@@ -194,8 +195,10 @@ def _parts(case: Case, mesh: Mesh) -> tuple[list[Input], int]:
     encoded = case.tokens if case.source is None else case.source
     real = _filled((torch.ones_like(encoded, dtype=torch.bool) if case.real is None else case.real).t(), mesh, False)
     if case.source is None:
+        segments = _filled((torch.zeros_like(encoded) if case.segments is None else case.segments).t(), mesh, 0)
         return [
-            MaskedTokens(t, y, m, real=part) for (t, y, m), part in zip(plain, real.split(1, 1), strict=True)
+            MaskedTokens(*one, real=r, segments=kind)
+            for one, r, kind in zip(plain, real.split(1, 1), segments.split(1, 1), strict=True)
         ], count
     source = _filled(case.source.t(), mesh, 0)
     return [Pairs(*_columns(i, source, real), *plain[i]) for i in rows], count
