@@ -1,12 +1,13 @@
 """Hold megnorm's models against goldens: ``python tools/check_goldens.py DIR [--tp N] [--pp N] [--verbose]``.
 
 Every golden under DIR (neutral and frontier pairs NAME.json + NAME.safetensors, Hugging Face folders) is built by the
-training code's builder from a config derived from its json alone (a Hugging Face folder's by the import that ``megnorm
-convert`` has), run forward and backward, and compared: one line a golden, then ``N passed, M failed, K not covered``. The exit status is 1 if any failed, 2 for wrong arguments.
+training code's builder from a config derived from its json alone (a folder's by the import of ``megnorm convert``), run
+forward and backward, and compared: one line a golden, then ``N passed, M failed, K not covered``. The exit status is 1 if
+any failed, 2 for wrong arguments.
 
-Errors and limits: neutral sets and folders in float64, logits and loss 1e-10 relative to max(1, largest magnitude), each gradient
-1e-6 of max(its norm, 1e-3 of the global norm); frontier sets in float32, logits and loss 2e-4 absolute, each gradient
-1e-3 by the same rule. Errors are largest over elements (logits) and over parameters (gradients).
+Errors and limits: neutral sets and folders in float64, logits and loss 1e-10 relative to max(1, largest magnitude), each
+gradient 1e-6 of max(its norm, 1e-3 of the global norm); frontier sets in float32, logits and loss 2e-4 absolute, each
+gradient 1e-3 by the same rule. Errors are largest over elements (logits) and over parameters (gradients).
 """
 
 import argparse
