@@ -24,6 +24,7 @@ step() {
 step "ruff check" .venv/bin/ruff check .
 step "ruff format" .venv/bin/ruff format --check .
 step "mypy" .venv/bin/mypy
+# loadgroup: one test at a time to the worker that is free; in chunks, the last worker would be late.
 step "pytest -m '$marks'" .venv/bin/python -m pytest -q -m "$marks" -n 2 --dist loadgroup --durations=40 "$@"
 
 if ((${#failed[@]})); then

@@ -38,14 +38,6 @@ settings.register_profile("megnorm", deadline=None, derandomize=True, suppress_h
 settings.load_profile("megnorm")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, one of them runs all tests on ranks: two pools on the same cores are slower than one."""
-    for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-
-
 @pytest.fixture(scope="session")
 def project() -> Path:
     """The root of the repository."""
