@@ -1,4 +1,4 @@
-"""Real gloo ranks that live as long as the test session: starting them costs seconds, a call milliseconds.
+"""Real gloo ranks that live as long as the test session: the first start costs seconds, a call milliseconds.
 
     def work(rank, world, x):          # a top-level function of the test's module
         ...
