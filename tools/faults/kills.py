@@ -26,7 +26,7 @@ from tools.faults.life import Life
 PROJECT = Path(__file__).resolve().parent.parent.parent
 STEPS, EVERY = 400, 10
 KILLS_A_RUN, STARTS = 2, 8
-LIMIT = 600.0  # seconds in which a life must end, or be killed, also beside ten others that want the same cores
+LIMIT = 120.0  # seconds in which a life must end, or be killed
 POLL = 0.01
 ONE_RANK_DIES = 0.75  # of the kills of a job of two ranks; else all of it
 PAIRS = 5  # one kill in so many hits a job of two ranks
