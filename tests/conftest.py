@@ -24,12 +24,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from megnorm.train import memory  # noqa: E402
+from megnorm.parallel import pages  # noqa: E402
 from tests.distributed.awake import awake  # noqa: E402
 from tests.distributed.pool import Pool, close_all, pool  # noqa: E402
 
 # It is for the whole process, and for good: tests of what little memory serves would inherit what others have freed.
-memory.keep_pages = lambda: None
+pages.keep_pages = lambda: None
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -8,6 +8,7 @@ for depth in ${DEPTHS:-100 500}; do
     width=64
     ((depth > 100)) && width=32
     sizes=(model.encoder_layers="$depth" model.layers="$depth" model.width=$width model.ffn=$((4 * width)))
+    sizes+=(model.heads=$((width / 32)))
     sizes+=(model.init.embedding_std="$(python -c "print($width ** -0.5)")")
     megnorm plan --config $here/depth.yaml --ranks 1 "${data[@]}" "${sizes[@]}" model.norm.scheme=deepnorm
     for rate in ${RATES:-5e-4 1e-3 2e-3}; do

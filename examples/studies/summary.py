@@ -8,7 +8,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megnorm.metrics.plots import COLORS, figure, fit_loss, label_x, log_y, smooth
@@ -16,6 +17,11 @@ from megnorm.metrics.record import Record
 from megnorm.train.finetune import reached
 
 SCHEMES = {"deepnorm": "DeepNorm", "postln": "Post-LN"}
+SCORES = tuple(
+    (split, said, metric, name)
+    for split, said in (("valid", "validation"), ("test", "test"))
+    for metric, name in (("bleu", "BLEU"), ("chrf", "chrF"))
+)
 LINES = ("-", "--", ":")
 
 
@@ -25,48 +31,52 @@ def accuracies(folder: Path) -> list[float]:
 
 
 def better_rate(folder: Path) -> str:
-    """Of the rates that a task was trained with, by the median over seeds of validation accuracy."""
+    """Of the rates that a task was trained with, by validation accuracy (the median, where there are several seeds)."""
     rates = sorted((path.name for path in folder.iterdir() if path.name != "test"), key=float)
     return max(rates, key=lambda rate: statistics.median(accuracies(folder / rate)))
 
 
 def masked(folder: Path) -> list[list[str]]:
-    rows = [["task", "start", "rate", "validation, median", "test, median", "test, seeds"]]
+    """Also the masked model's curve."""
+    record = Record.read(folder / "pretraining")
+    with figure(folder / "pretraining.png", 4.6, 3.4) as made:
+        axes = made.add_subplot(1, 1, 1)
+        axes.plot(*record.series("valid_loss"), marker=".", color=COLORS[0])
+        axes.set_ylabel("held-out loss (nats per masked token)")
+        label_x(axes, "step")
+    rows = [["task", "start", "rate", "test, median", "test, least to most"]]
     for task in ("wntopic", "wnhyper", "wnsense"):
         for start in ("pretrained", "scratch"):
-            rate = better_rate(folder / task / start)
             test = accuracies(folder / task / start / "test")
-            valid = statistics.median(accuracies(folder / task / start / rate))
-            seeds = ", ".join(f"{value:.3f}" for value in test)
-            rows.append([task, start, rate, f"{valid:.3f}", f"{statistics.median(test):.3f}", seeds])
+            spread = f"{min(test):.3f} to {max(test):.3f}"
+            rows.append([task, start, better_rate(folder / task / start), f"{statistics.median(test):.3f}", spread])
     return rows
 
 
 def translation(folder: Path) -> list[list[str]]:
     """Best of each scheme first, by BLEU of the validation set; also the curves."""
-    rows, runs = [], of_schemes(folder)
-    for run in runs:
-        found = json.loads((run / "eval.jsonl").read_text().splitlines()[-1]) if (run / "eval.jsonl").is_file() else {}
-        scores = {Path(name).name.split(".")[0]: values for name, values in found.get("results", {}).items()}
-        lost = Record.read(run).series("valid_loss")[1]
-        numbers = [
-            scores.get(split, {}).get(metric, math.nan) for split in ("valid", "test") for metric in ("bleu", "chrf")
-        ]
-        scheme, rate = run.name.split("-", 1)
-        rows.append([scheme, rate, lost[-1] if lost else math.nan, *numbers, ended(run)])
-    rows.sort(key=lambda row: (row[0], -(row[3] if math.isfinite(row[3]) else -1.0)))
+    runs = of_schemes(folder)
     draw(runs, folder / "loss.png", [("valid_loss", "held-out loss (nats per token)")])
-    head = [
-        "scheme",
-        "rate",
-        "held-out loss",
-        "BLEU, validation",
-        "chrF, validation",
-        "BLEU, test",
-        "chrF, test",
-        "ended",
-    ]
-    return [head, *([SCHEMES[row[0]], row[1], *(f"{value:.2f}" for value in row[2:-1]), row[-1]] for row in rows)]
+    head = ["scheme", "rate", "held-out loss", *(f"{name}, {split}" for _, split, _, name in SCORES), "ended"]
+    rows = []
+    for run in runs:
+        scores = judged(run)
+        scheme, rate = run.name.split("-", 1)
+        lost = Record.read(run).series("valid_loss")[1]
+        told = [f"{scores[k, m]:.2f} ± {scores[k, m + '_spread']:.2f}" for k, _, m, _ in SCORES]
+        row = [SCHEMES[scheme], rate, f"{lost[-1]:.3f}" if lost else "none", *told, ended(run)]
+        rows.append((scheme, -scores["valid", "bleu"], row))
+    return [head, *(row for _, _, row in sorted(rows))]
+
+
+def judged(run: Path) -> Mapping[tuple[str, str], float]:
+    """Scores of a run's last evaluation by split and metric, -1 where there are none."""
+    found: dict[tuple[str, str], float] = defaultdict(lambda: -1.0)
+    path = run / "eval.jsonl"
+    results = json.loads(path.read_text().splitlines()[-1])["results"] if path.is_file() else {}
+    for name, values in results.items():
+        found |= {(Path(name).name.split(".")[0], metric): value for metric, value in values.items()}
+    return found
 
 
 def depth(folder: Path) -> list[list[str]]:

@@ -64,18 +64,23 @@ def beam_search(model: EncoderDecoder, source: Tensor, real: Tensor | None, beam
     scores = torch.full((batch, k), -torch.inf, dtype=torch.float64, device=device)
     scores[:, 0] = 0.0
     best = [_Best(k) for _ in range(batch)]
+    going = list(range(batch))  # sentences that are not settled: the columns of tokens and scores, k for each
     for length in range(1, beam.longest + 1):
-        logp = following(tokens).double().log_softmax(-1).view(batch, k, -1)
+        logp = following(tokens).double().log_softmax(-1).view(len(going), k, -1)
         vocabulary = logp.shape[-1]
         # Of 2k continuations at most k end, so that k go on.
         top, place = (scores[..., None] + logp).flatten(1).topk(min(2 * k, k * vocabulary))
-        rows, scores = _go_on(tokens, top, place, vocabulary, best, beam, length)
-        if all(one.settled(_hope(scores[i], length, beam)) for i, one in enumerate(best)):
+        rows, scores = _go_on(tokens, top, place, vocabulary, [best[i] for i in going], beam, length)
+        hopes = _hopes(scores, length, beam)
+        left = [at for at, i in enumerate(going) if not best[i].settled(hopes[at])]
+        if not left:
             break
-        chosen, words = rows // vocabulary, rows % vocabulary
-        index = (chosen + torch.arange(batch, device=device)[:, None] * k).flatten()
-        tokens = torch.cat([tokens[:, index], words.view(1, -1)])
-        following.select(index)
+        columns = torch.tensor(left, device=device)
+        rows, scores = rows[columns], scores[columns]
+        index = (rows // vocabulary + columns[:, None] * k).flatten()
+        tokens = torch.cat([tokens[:, index], (rows % vocabulary).view(1, -1)])
+        following.select(index, fewer=len(left) < len(going))
+        going = [going[at] for at in left]
     return [one.found[0][1] for one in best]
 
 
@@ -97,10 +102,11 @@ def _go_on(
     return place.gather(1, order), scores
 
 
-def _hope(scores: Tensor, length: int, beam: Beam) -> float:
-    """The most that a hypothesis which goes on may still count: no further loss, at the length that favours it most."""
-    best = float(scores.max())
-    return best / (beam.longest if beam.length_penalty > 0 else length) ** beam.length_penalty
+def _hopes(scores: Tensor, length: int, beam: Beam) -> list[float]:
+    """For scores [b, k], the most that a hypothesis of each sentence which goes on may still count: no further loss, at the
+    length that favours it most."""
+    favour = (beam.longest if beam.length_penalty > 0 else length) ** beam.length_penalty
+    return [float(best) / favour for best in scores.amax(1).tolist()]
 
 
 class _Scorer:
@@ -115,6 +121,10 @@ class _Scorer:
             return self.model.step(tokens[-1], len(tokens) - 1, self.memory, self.real, self.cache)
         return self.model.scores(tokens, self.memory, self.real)[-1]
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, *, fewer: bool) -> None:
+        """Go on with these columns, fewer than before where sentences are settled."""
+        if fewer:
+            self.memory = self.memory.index_select(1, rows)
+            self.real = None if self.real is None else self.real.index_select(1, rows)
         if self.cache is not None:
-            self.cache.select(rows)
+            self.cache.select(rows, fewer=fewer)

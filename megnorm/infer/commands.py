@@ -51,8 +51,7 @@ def run_generate(args: argparse.Namespace) -> int:
         seed=args.seed,
         count=args.count,
     )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    generator = load(args.source, dtype=getattr(torch, args.dtype), device=device, tokenizer=args.tokenizer)
+    generator = load(args.source, dtype=getattr(torch, args.dtype), device=_device(args), tokenizer=args.tokenizer)
     if args.tokens:
         for row in generate(generator, [args.tokens], sampling):
             print(*args.tokens, *row)
@@ -183,16 +182,22 @@ def _judge_of_translations(args: argparse.Namespace) -> Judge:
         for name, (texts, references) in pairs.items():
             said = translate(one, texts, _beam(args, one), to=args.to)
             found = quality(said, references, target=args.target or one.target(args.to) or "")
-            results[name], signatures[name] = {"bleu": found.bleu, "chrf": found.chrf}, found.signatures
+            results[name], signatures[name] = found.values(), found.signatures
         _report(args, source, results, signatures)
 
     return judge
 
 
 def _device(args: argparse.Namespace) -> str:
+    """Where to compute; a CPU's memory is kept from one token to the next."""
     import torch
 
-    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from megnorm.parallel.pages import keep_pages
+
+    device = str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device == "cpu":
+        keep_pages()
+    return device
 
 
 def _beam(args: argparse.Namespace, one: "Translator") -> "Beam":
@@ -259,7 +264,7 @@ def add_translate_arguments(parser: argparse.ArgumentParser) -> None:
         "--references", action="store_true", help="score against the second column of --input, with sacrebleu"
     )
     parser.add_argument("--tokenizer", help="default: the run's own")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="e.g. cpu, cuda (default: cuda where there is one)")
     _add_beam_arguments(parser)
 
 
@@ -269,7 +274,7 @@ def run_translate(args: argparse.Namespace) -> int:
 
     if args.references:
         scorer()
-    one = load(args.source, device=args.device, tokenizer=args.tokenizer, end=args.end)
+    one = load(args.source, device=_device(args), tokenizer=args.tokenizer, end=args.end)
     text = sys.stdin.read() if args.input is None else args.input.read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
     if args.references and min(map(len, rows), default=0) < 2:

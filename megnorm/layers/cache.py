@@ -26,6 +26,10 @@ class Cache:
             self.fixed[name] = make()
         return self.fixed[name]
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows [b] of the batch; each reads the same memory as the row whose place it takes."""
-        self.grown = {name: (k[:, rows], v[:, rows]) for name, (k, v) in self.grown.items()}
+    def select(self, rows: Tensor, *, fewer: bool = False) -> None:
+        """Go on with these rows [b] of the batch. Unless there are fewer of them than before, each must read the same memory
+        as the row whose place it takes.
+        """
+        self.grown = {name: (k.index_select(1, rows), v.index_select(1, rows)) for name, (k, v) in self.grown.items()}
+        if fewer:
+            self.fixed = {name: tuple(x.index_select(1, rows) for x in found) for name, found in self.fixed.items()}

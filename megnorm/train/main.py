@@ -21,6 +21,7 @@ from megnorm.metrics.sinks import Sinks
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, from_json
 from megnorm.parallel import launch, nccl
+from megnorm.parallel.pages import keep_pages
 from megnorm.plan import Plan, PlanError, make_plan
 from megnorm.train import profile, state
 from megnorm.train.agree import gathered
@@ -28,7 +29,7 @@ from megnorm.train.build import Run, build
 from megnorm.train.guard import DivergedError
 from megnorm.train.hang import Identity
 from megnorm.train.loop import fit
-from megnorm.train.memory import MemoryEndedError, keep_pages, remedied
+from megnorm.train.memory import MemoryEndedError, remedied
 from megnorm.train.signals import EXIT_STOPPED
 from megnorm.train.text_units import TextUnits
 from megnorm.train.watchdog import Watchdog

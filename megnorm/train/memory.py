@@ -1,6 +1,5 @@
-"""Main memory: kept from step to step, and the remedy when it has run out."""
+"""The remedy when memory has run out."""
 
-import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,21 +11,6 @@ from megnorm.train.config import TrainConfig
 # What torch's allocators say; on the CPU it is a plain RuntimeError.
 WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator", re.IGNORECASE)
 ASKED = re.compile(r"[Tt]r(?:ied|ying) to allocate ([\d.]+ ?[KMGT]?i?B|\d+ bytes)")
-
-# Of glibc's mallopt (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-
-
-def keep_pages() -> None:
-    """Let the C allocator keep for the next step what this one frees, where it is glibc's; for the rest of the process.
-
-    By default it asks the kernel for each tensor beyond 32 MB and hands it back: every step then waits for fresh zeroed
-    pages (14% of the time of model S on two cores).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def out_of_memory(error: BaseException, train: TrainConfig) -> str | None:

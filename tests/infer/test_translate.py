@@ -98,6 +98,16 @@ def test_scores_are_sacrebleus() -> None:
         quality(["a"], ["a", "b"])
 
 
+def test_scores_have_a_spread() -> None:
+    """Half the interval that sacrebleu prints; of sentences that are all alike there is none."""
+    said = ["the cat sat on the mat .", "a b c d e f"] * 10
+    found = quality(said, ["the cat sat on a mat .", "a b c d e f"] * 10).values()
+    assert f"± {found['bleu_spread']:.2f}" in quality(said, ["the cat sat on a mat .", "a b c d e f"] * 10).lines[0]
+    assert 0.1 < found["bleu_spread"] < 20.0 and 0.1 < found["chrf_spread"] < 20.0
+    alike = quality(said[:1] * 20, ["the cat sat on a mat ."] * 20).values()
+    assert alike["bleu_spread"] == quality(["a"], ["b"]).spreads["bleu"] == 0.0
+
+
 @pytest.mark.full
 def test_translations_are_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the verb eval: a row for each file, with its signature, in eval.jsonl too; every checkpoint once."""

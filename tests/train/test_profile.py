@@ -132,7 +132,7 @@ def test_what_counts_as_memory_that_has_run_out() -> None:
 
 KEPT = """
 import resource, sys, torch
-from megnorm.train.memory import keep_pages
+from megnorm.parallel.pages import keep_pages
 sys.argv[1] == "kept" and keep_pages()
 for i in range(6):  # steps of tensors of several sizes, some larger than what the allocator keeps by itself
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

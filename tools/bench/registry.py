@@ -19,9 +19,9 @@ from worker import MODEL_S, RandomTokens
 
 from megnorm import config as configs
 from megnorm.kernels.registry import offer
+from megnorm.parallel.pages import keep_pages
 from megnorm.plan import make_plan
 from megnorm.train.build import build
-from megnorm.train.memory import keep_pages
 from megnorm.train.step import train_step
 
 

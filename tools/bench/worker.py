@@ -23,10 +23,10 @@ from megnorm import config as configs
 from megnorm.config import RunConfig
 from megnorm.data.batch import Batch
 from megnorm.metrics.throughput import flops_per_token
+from megnorm.parallel.pages import keep_pages
 from megnorm.parallel.rng import derive
 from megnorm.plan import make_plan
 from megnorm.train.build import Run, build
-from megnorm.train.memory import keep_pages
 from megnorm.train.step import train_step
 
 # 8 layers of width 512 over a vocabulary of 50304: small enough for a CPU, with the shape of GPT-2.

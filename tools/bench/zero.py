@@ -20,9 +20,9 @@ from alternate import in_turn, table
 from worker import MODEL_S, RandomTokens
 
 from megnorm import config as configs
+from megnorm.parallel.pages import keep_pages
 from megnorm.plan import make_plan
 from megnorm.train.build import build
-from megnorm.train.memory import keep_pages
 from megnorm.train.step import train_step
 
 RUNS = {"plain": "parallel.zero=0", "control": "parallel.zero=0", "zero": "parallel.zero=1"}
