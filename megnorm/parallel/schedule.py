@@ -7,7 +7,7 @@ same order and have the same bits.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import Literal
@@ -224,13 +224,23 @@ class Timeline:
         return sum(self.idle) / (self.end * self.schedule.ranks) if self.end else 0.0
 
 
+Delay = float | Callable[[Action], float]
+"""Always the same, or what comes before this action."""
+
+
 def simulate(
-    schedule: Schedule, forward: Cost = 1.0, backward: Cost = 2.0, weight: Cost = 0.0, send: float = 0.0
+    schedule: Schedule,
+    forward: Cost = 1.0,
+    backward: Cost = 2.0,
+    weight: Cost = 0.0,
+    send: Delay = 0.0,
+    turn: Delay = 0.0,
 ) -> Timeline:
     """Run a schedule on paper: a rank runs its actions in order, one at a time, each as soon as its inputs are there.
 
-    forward, backward, weight: costs of F, B and W, in any unit. send: until an output is on another rank; sending keeps
-    nobody busy. Raises ScheduleError where the ranks wait for each other.
+    forward, backward, weight: costs of F, B and W, in any unit. send: from the end of an action until one that takes its
+    output on another rank can begin; sending keeps nobody busy. turn: from the end of an action until the next one of its
+    rank can begin. Raises ScheduleError where the ranks wait for each other.
     """
     costs: dict[Kind, Cost] = {"F": forward, "B": backward, "W": weight}
     place = schedule.placement
@@ -246,9 +256,10 @@ def simulate(
                 inputs = _inputs(schedule, action)
                 if not all(one in finish for one in inputs):
                     break
-                ready = (finish[one] + send * (place[one.stage] != rank) for one in inputs)
+                ready = [finish[one] + _delay(send, action) * (place[one.stage] != rank) for one in inputs]
                 cost = costs[action.kind]
-                start[action] = max(clock[rank], *ready, 0.0)
+                free = clock[rank] + _delay(turn, action) if done[rank] else 0.0
+                start[action] = max(free, *ready, 0.0)
                 clock[rank] = start[action] + (cost if isinstance(cost, int | float) else cost[action.stage])
                 finish[action] = clock[rank]
                 done[rank] += 1
@@ -262,6 +273,10 @@ def simulate(
     if stuck:
         raise ScheduleError(f"{schedule.name}: deadlock; these wait: {'; '.join(stuck)}")
     return Timeline(schedule, start, finish, tuple(_peak(row) for row in schedule.actions))
+
+
+def _delay(delay: Delay, action: Action) -> float:
+    return delay if isinstance(delay, int | float) else delay(action)
 
 
 def _inputs(schedule: Schedule, action: Action) -> list[Action]:

@@ -82,25 +82,30 @@ def accepted(schedule: Schedule) -> bool:
     return True
 
 
-@given(sizes(), st.floats(0.1, 5), st.floats(0.1, 5), st.floats(0, 3), st.integers(0, 99))
+@given(sizes(), st.floats(0.1, 5), st.floats(0.1, 5), st.floats(0, 3), st.floats(0, 2), st.integers(0, 99))
 def test_no_schedule_deadlocks_and_each_action_starts_as_soon_as_it_can(
-    size: Sizes, forward: float, backward: float, send: float, seed: int
+    size: Sizes, forward: float, backward: float, send: float, turn: float, seed: int
 ) -> None:
     schedule = make_schedule(*size)
     check(schedule)
     forwards = [forward * (1 + (seed * (stage + 1)) % 7) for stage in range(schedule.stages)]
-    timeline = simulate(schedule, forward=forwards, backward=backward, send=send)
+
+    def late(action: Action) -> float:
+        return send * (1 + action.micro_batch % 3)
+
+    timeline = simulate(schedule, forward=forwards, backward=backward, send=late, turn=turn)
     for rank, row in enumerate(schedule.actions):
         free = 0.0
         for action in row:
             waits = [
-                timeline.finish[one] + (send if schedule.placement[one.stage] != rank else 0.0)
+                timeline.finish[one] + (late(action) if schedule.placement[one.stage] != rank else 0.0)
                 for one in inputs(schedule, action)
             ]
             assert timeline.start[action] == max([free, *waits])
             cost = forwards[action.stage] if action.kind == "F" else backward
             free = timeline.finish[action]
             assert free == timeline.start[action] + cost
+            free += turn
         assert timeline.busy[rank] + timeline.idle[rank] == pytest.approx(timeline.end)
     assert timeline.end == max(timeline.finish.values())
 
