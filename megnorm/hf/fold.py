@@ -54,7 +54,8 @@ def fold_skip(resolved: Resolved, state: Mapping[str, "Tensor"] | None = None) -
         for part in ("attention", "ffn"):
             sub = getattr(layer, part)
             skip, post = sub.residual.skip, sub.post
-            free = skip.learned is None and not sub.residual.layer_input and sub.residual.source == "stream"
+            free = skip.learned is None and not (sub.residual.layer_input or sub.residual.gate)
+            free = free and sub.residual.source == "stream"
             if skip.value == 1.0 or skip.value <= 0 or not free or post is None or post.kind not in INVARIANT:
                 continue
             _scale_branch(f"blocks.{i}.{part}", LAST[part], sub.output, 1.0 / skip.value, made)

@@ -101,7 +101,8 @@ def over_heads(norm: nn.Module, x: Tensor, head_dim: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    """skip * r + branch * y, each factor a number or a parameter; a shared one is the attention's."""
+    """skip * r + branch * y, each factor a number or a parameter; a shared one is the attention's. The sum, or r, may be damped
+    by a gate."""
 
     def __init__(self, spec: Spec, width: int, shared: "Residual | None" = None):
         super().__init__()
@@ -115,6 +116,10 @@ class Residual(nn.Module):
             elif not (scale["shared"] and shared is not None and shared.spec[name]["shared"]):
                 setattr(self, name, nn.Parameter(torch.empty(width if scale["learned"] == "width" else 1)))
                 self.initial[name] = scale["value"]
+        gate = spec.get("gate")
+        if gate and not (gate["shared"] and shared is not None):
+            self.gate = nn.Parameter(torch.empty(1))
+            self.initial["gate"] = gate["value"]
         self.reset()
 
     def reset(self) -> None:
@@ -128,9 +133,18 @@ class Residual(nn.Module):
         skip: Any = self.skip if hasattr(self, "skip") else shared.skip
         branch: Any = self.branch if hasattr(self, "branch") else shared.branch
         r = u if self.spec["source"] == "input" else stream
+        on = (self.spec.get("gate") or {}).get("on")
+        gate: Any = getattr(self if hasattr(self, "gate") else shared, "gate", None)
+        r = damped(r, gate) if on == "skip" else r
         r = r if isinstance(skip, float) and skip == 1.0 else skip * r
         x = r + (y if isinstance(branch, float) and branch == 1.0 else branch * y)
-        return x + layer_input if self.spec["layer_input"] else x
+        x = x + layer_input if self.spec["layer_input"] else x
+        return damped(x, gate) if on == "stream" else x
+
+
+def damped(x: Tensor, gate: Tensor) -> Tensor:
+    """x - silu(gate) * x, whose gradient by x is that of x alone (GPAS)."""
+    return x - F.silu(gate) * x.detach()
 
 
 class SubLayer(nn.Module):

@@ -43,9 +43,9 @@ class Block(nn.Module):
         feed_forward = MoE if cfg.sparse(index) else FeedForward
         self.ffn = feed_forward(layer.ffn, cfg, env, f"{path}.ffn")
         others = (self.ffn,) if self.cross_attention is None else (self.cross_attention, self.ffn)
-        for name in ("skip", "branch"):
+        for name in ("skip", "branch", "gate"):
             first = getattr(layer.attention.residual, name)
-            if first.shared and first.learned is not None:
+            if first is not None and first.shared:
                 for other in others:
                     setattr(other.residual, name, getattr(self.attention.residual, name))
         adjacent = not self.parallel and not cross and isinstance(self.ffn, FeedForward)

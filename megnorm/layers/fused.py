@@ -50,7 +50,12 @@ def _absent(module: nn.Module) -> bool:
 
 def _factors(residual: Add) -> tuple[float, float] | None:
     """skip and branch, where the residual is those two numbers alone."""
-    if residual.layer_input or not isinstance(residual.skip, float) or not isinstance(residual.branch, float):
+    if (
+        residual.gate is not None
+        or residual.layer_input
+        or not isinstance(residual.skip, float)
+        or not isinstance(residual.branch, float)
+    ):
         return None
     return residual.skip, residual.branch
 

@@ -2,16 +2,17 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megnorm.layers.env import Env
-from megnorm.norms.scheme import Residual, Scale
+from megnorm.norms.scheme import Formula, Residual, Scale
 from megnorm.parallel.layout import Layout, parameter
 
 
 class Add(nn.Module):
-    """skip * r + branch * y [+ layer input], r the stream or the input norm's output.
+    """skip * r + branch * y [+ layer input], r the stream or the input norm's output; the sum or r damped by a gate.
 
-    A learned factor is a parameter ``skip`` or ``branch``, a scalar [1] or a vector [d].
+    A learned factor is a parameter ``skip`` or ``branch``, a scalar [1] or a vector [d]; a gate is a parameter ``gate`` [1].
     """
 
     def __init__(self, residual: Residual, width: int, env: Env) -> None:
@@ -19,10 +20,16 @@ class Add(nn.Module):
         self.source, self.layer_input = residual.source, residual.layer_input
         self.skip = _factor(residual.skip, width, env)
         self.branch = _factor(residual.branch, width, env)
+        self.gated = None if residual.gate is None else residual.gate.on
+        self.gate: nn.Parameter | None = None
+        if residual.gate is not None:
+            self.gate = _learned((1,), residual.gate.value, env)
 
     def forward(self, stream: Tensor, u: Tensor, y: Tensor, layer_input: Tensor) -> Tensor:
         """stream, u (the input norm's output), y (the branch) and layer_input, all [s, b, d] -> [s, b, d]."""
         r = u if self.source == "input" else stream
+        if self.gated == "skip":
+            r = self._damped(r)
         if isinstance(self.skip, float) and isinstance(self.branch, float) and self.branch == 1.0:
             out = torch.add(y, r, alpha=self.skip)
         else:
@@ -31,7 +38,14 @@ class Add(nn.Module):
                 out = torch.add(kept, y, alpha=self.branch)
             else:
                 out = torch.addcmul(kept, self.branch, y)
-        return out + layer_input if self.layer_input else out
+        if self.layer_input:
+            out = out + layer_input
+        return self._damped(out) if self.gated == "stream" else out
+
+    def _damped(self, x: Tensor) -> Tensor:
+        """x - silu(g) * stop_gradient(x) (arXiv:2506.22049, equation 4): the gradient of x passes whole."""
+        assert self.gate is not None
+        return torch.addcmul(x, x.detach(), functional.silu(self.gate), value=-1.0)
 
 
 RULES: dict[str, type[Add]] = {"add": Add}
@@ -48,7 +62,10 @@ def _factor(scale: Scale, width: int, env: Env) -> float | nn.Parameter:
     value = float(scale.value)  # type: ignore[arg-type]
     if scale.learned is None:
         return value
-    shape = (width,) if scale.learned == "width" else (1,)
+    return _learned((width,) if scale.learned == "width" else (1,), value, env)
+
+
+def _learned(shape: tuple[int, ...], value: Formula, env: Env) -> nn.Parameter:
     partial = "tp" if env.mesh.sequence_parallel else None
     layout = Layout.whole(shape, "scale", grad_sum=partial, owner=env.mesh.tp.rank == 0)
-    return parameter(env.full(shape, value), layout)
+    return parameter(env.full(shape, float(value)), layout)  # type: ignore[arg-type]

@@ -46,6 +46,9 @@ def count_parameters(m: ModelConfig, resolved: Resolved, *, experts: int | None 
                 for scale in (part.residual.skip, part.residual.branch):
                     if scale.learned and not (scale.shared and place):
                         tally.add("scale", m.width if scale.learned == "width" else 1)
+                gate = part.residual.gate
+                if gate is not None and not (gate.shared and place):
+                    tally.add("scale", 1)
     return tally.counts
 
 

@@ -162,15 +162,20 @@ def _sublayer(panel: Panel, name: str, subs: Sequence[SubLayer], layer_start: fl
     join = panel.y - 12
     panel.wire((BRANCH, panel.y), (BRANCH, join), (STREAM + 10, join), arrow=True)
     panel.wire((STREAM, begin + 8), (STREAM, join + 10), arrow=True)
-    words = _factor_words([s.residual.skip for s in subs])
+    gated = "" if sub.residual.gate is None else sub.residual.gate.on
+    words = [*(["gate"] if gated == "skip" else []), *filter(None, [_factor_words([s.residual.skip for s in subs])])]
     if words:
-        panel.factor(STREAM, (tap + join) / 2, words, "right")
+        panel.factor(STREAM, (tap + join) / 2, ", ".join(words), "right")
     if sub.residual.layer_input:
         low = layer_start - 2
         panel.dot(STREAM, low)
         panel.wire((STREAM, low), (26, low), (26, join), (STREAM - 10, join), arrow=True, extra=True)
     panel.add(join)
     panel.y = join - 10
+    if gated == "stream":
+        panel.wire((STREAM, panel.y), (STREAM, panel.y - STEP))
+        panel.factor(STREAM, panel.y - STEP / 2, "gate", "right")
+        panel.y -= STEP
     if sub.post is not None:
         panel.wire((STREAM, panel.y), (STREAM, panel.y - STEP))
         _norm(panel, STREAM, panel.y - 20, [s.post for s in subs], "right")

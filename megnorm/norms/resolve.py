@@ -14,6 +14,7 @@ from megnorm.norms.scheme import (
     FFN,
     Attention,
     Depth,
+    Gate,
     Init,
     Layer,
     Norm,
@@ -111,6 +112,7 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
     def sublayer(cls: type, value: Mapping[str, Any]) -> Any:
         residual = dict(value["residual"])
         residual["skip"], residual["branch"] = Scale(**residual["skip"]), Scale(**residual["branch"])
+        residual["gate"] = Gate(**residual["gate"]) if residual.get("gate") else None  # older files have none
         rest = {k: norm(v) if isinstance(v, Mapping) else v for k, v in value.items() if k != "residual"}
         return cls(**rest, residual=Residual(**residual))
 
@@ -164,8 +166,8 @@ def _fill(norm: Norm, config: NormConfig) -> Norm:
 
 _TYPES: dict[str, type] = {
     "layer": Layer, "attention": Attention, "cross_attention": Attention, "ffn": FFN, "residual": Residual,
-    "skip": Scale, "branch": Scale, "init": Init, "input": Norm, "output": Norm, "post": Norm, "q": Norm, "k": Norm,
-    "v": Norm, "context": Norm, "inner": Norm, "embedding": Norm, "final": Norm,
+    "skip": Scale, "branch": Scale, "gate": Gate, "init": Init, "input": Norm, "output": Norm, "post": Norm, "q": Norm,
+    "k": Norm, "v": Norm, "context": Norm, "inner": Norm, "embedding": Norm, "final": Norm,
 }  # fmt: skip
 
 

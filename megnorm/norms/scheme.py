@@ -14,8 +14,8 @@ numbers, ``layers/sublayer.py`` reads the numbers. Only the standard library is 
 Room for what is not here yet, each by a field whose default leaves today's schemes as they are. Several streams:
 ``Residual.rule`` names another rule of ``layers/residual.py`` ("dual", "hyper", ...), and Scheme gets the streams'
 count, entry and exit. Factors that move with the step: a ``Schedule(kind, start, length)`` beside a number or a formula
-in ``Scale.value``. A stop-gradient gate: a field of Residual, on the stream or on the skip. Mixing by token: a rule
-with parameters of its own. A projection of weights after each step: a field of Init, by role.
+in ``Scale.value``. Mixing by token: a rule with parameters of its own. A projection of weights after each step: a field
+of Init, by role.
 """
 
 import math
@@ -84,12 +84,25 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A learned scalar g that damps what passes, and no gradient: x - silu(g) * stop_gradient(x) (GPAS).
+
+    on: the "stream" after the add, or the "skip" before its factor. value: where g starts. shared: one for all sub-layers of
+    a layer.
+    """
+
+    on: Literal["stream", "skip"] = "stream"
+    value: Formula = 0.0
+    shared: bool = True
+
+
+@dataclass(frozen=True)
 class Residual:
     """x' = post(skip * r + branch * y [+ layer input]).
 
     rule: the residual rule by name; "add" is the only one with a single static stream.
     source: r is the stream ("stream") or the input norm's output ("input", as in HybridNorm's FFN).
-    layer_input: add the input of the whole layer as well (B2T).
+    layer_input: add the input of the whole layer as well (B2T). gate: of the stream or of r; None: there is none.
     """
 
     rule: str = "add"
@@ -97,6 +110,7 @@ class Residual:
     branch: Scale = Scale()
     source: Literal["stream", "input"] = "stream"
     layer_input: bool = False
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +272,7 @@ PROBES = tuple(_probes())
 
 def _formulas(value: Any, path: str) -> Iterator[tuple[str, Formula]]:
     """Every number or formula in a declaration, with its path."""
-    if isinstance(value, Norm | Scale):
+    if isinstance(value, Norm | Scale | Gate):
         names = ("alpha", "weight_init", "scale") if isinstance(value, Norm) else ("value",)
         yield from ((f"{path}.{n}", getattr(value, n)) for n in names if getattr(value, n) is not None)
     elif isinstance(value, Scheme | Layer | SubLayer | Residual | Init):
@@ -295,9 +309,11 @@ def _check_layer(path: str, layer: Layer) -> None:
                 f"{path}.{part}.residual.layer_input: only the last sub-layer, ffn, may add the layer's input"
             )
     parts = [part for part in (layer.attention, layer.cross_attention, layer.ffn) if part is not None]
-    for name in ("skip", "branch"):
+    for name in ("skip", "branch", "gate"):
         factors = [getattr(part.residual, name) for part in parts]
-        if any(factor.shared for factor in factors) and any(factor != factors[0] for factor in factors):
+        if any(factor is not None and factor.shared for factor in factors) and any(
+            factor != factors[0] for factor in factors
+        ):
             raise SchemeError(
                 f"{path}: residual.{name}.shared: attention and ffn (and cross_attention) share a factor, so declare it "
                 "alike in all"
@@ -318,6 +334,7 @@ def _check_sublayer(path: str, sub: SubLayer) -> None:
         raise SchemeError(f"{path}.post: a post norm has one residual source, the stream; source is 'input'")
     for name in ("skip", "branch"):
         _check_scale(f"{path}.residual.{name}", getattr(residual, name))
+    _check_gate(f"{path}.residual.gate", residual.gate, sub)
     if isinstance(sub, Attention) and sub.head_scale not in (None, "pre_projection", "post_projection"):
         raise SchemeError(f"{path}.head_scale: '{sub.head_scale}' is neither 'pre_projection' nor 'post_projection'")
     for item in fields(sub):
@@ -335,6 +352,17 @@ def _check_scale(path: str, scale: Scale) -> None:
         )
     if scale.shared and scale.learned is None:
         raise SchemeError(f"{path}.shared: a constant has nothing to share; set learned, or leave shared out")
+
+
+def _check_gate(path: str, gate: Gate | None, sub: SubLayer) -> None:
+    if gate is None:
+        return
+    if not isinstance(gate, Gate):
+        raise SchemeError(f"{path}: give Gate(...) or None, in YAML {{on: ...}} or null, not {gate!r}")
+    if gate.on not in ("stream", "skip"):
+        raise SchemeError(f"{path}.on: '{gate.on}' is neither 'stream' nor 'skip'")
+    if gate.on == "stream" and sub.post is not None:
+        raise SchemeError(f"{path}.on: a post norm undoes what damps the whole stream; set on to 'skip'")
 
 
 def _check_norm(path: str, norm: Norm | None, over: tuple[str, ...]) -> None:

@@ -94,6 +94,10 @@ def _residual(subs: Sequence[Any]) -> Iterator[str]:
             yield f"{name} learned {scale.learned} from {span(values)}{shared}"
         elif any(value != 1.0 for value in values):
             yield f"{name} {span(values)}"
+    gate = subs[0].residual.gate
+    if gate is not None:
+        shared = ", shared by the layer" if gate.shared else ""
+        yield f"gate on the {gate.on} from {span([sub.residual.gate.value for sub in subs])}{shared}"
     if subs[0].residual.source == "input":
         yield "adds to the input norm's output"
     if subs[0].residual.layer_input:

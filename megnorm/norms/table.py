@@ -140,6 +140,8 @@ def parameters(layer: Layer) -> Counter[str]:
         for _, scale in scales(sub):
             if scale.learned is not None and not (scale.shared and place == "ffn"):
                 count["d" if scale.learned == "width" else "1"] += 1
+        gate = sub.residual.gate
+        count["1"] += gate is not None and not (gate.shared and place == "ffn")
         if isinstance(sub, Attention) and sub.head_scale is not None:
             count["h"] += 1
     return count
@@ -172,6 +174,7 @@ def flops(resolved: Resolved, sizes: Sizes) -> int:
         for _, sub in sublayers(layer):
             total += sum(_norm_flops(norm) * _number(_features(site), sizes) for site, norm in norms(sub))
             total += sizes.width * sum(scale != Scale() for _, scale in scales(sub))
+            total += 2 * sizes.width * (sub.residual.gate is not None)
             total += sizes.width * sub.residual.layer_input + _head_scale(sub, sizes)
     return total
 
@@ -186,6 +189,7 @@ def elements_moved(resolved: Resolved, sizes: Sizes) -> int:
         for _, sub in sublayers(layer):
             total += sum(2 * _number(_features(site), sizes) for site, _ in norms(sub))
             total += sizes.width * sub.residual.layer_input + 2 * _head_scale(sub, sizes)
+            total += 2 * sizes.width * (sub.residual.gate is not None)
     return total
 
 

@@ -109,7 +109,7 @@ def test_drawings_show_every_norm_and_factor(name: str) -> None:
         scale.learned is not None or scale.value != 1.0
         for sub in shown
         for scale in (sub.residual.skip, sub.residual.branch)
-    ) + sum(getattr(sub, "head_scale", None) is not None for sub in shown)
+    ) + sum((getattr(sub, "head_scale", None) is not None) + (sub.residual.gate is not None) for sub in shown)
     assert classes.count("scale") == factors
     left, low, width, high = map(float, root.get("viewBox", "").split())
     assert left == 0 and low < 0 < low + high and width > 500

@@ -299,6 +299,20 @@ def resscale(m: Model, x: Tensor, **options: Any) -> Tensor:
     return m.p("ffn.residual.skip") * x + m.F(m.N("ffn.input_norm", x))
 
 
+@scheme(final=lambda host="preln", **o: host != "postln")
+def gpas(m: Model, x: Tensor, host: str = "preln", shared: bool = True) -> Tensor:
+    def damped(x: Tensor, f: str) -> Tensor:
+        gate = m.p(f"{'attention' if shared else f}.residual.gate")
+        return x - gate / (1 + (-gate).exp()) * x.detach()
+
+    if host == "preln" or (host == "mixln" and m.l > m.L // 4):
+        x = damped(x + m.A(m.N("attention.input_norm", x)), "attention")
+        return damped(x + m.F(m.N("ffn.input_norm", x)), "ffn")
+    a = (2 * m.L) ** 0.25 if host == "deepnorm_llama" else 1.0
+    x = m.N("attention.post_norm", a * damped(x, "attention") + m.A(x))
+    return m.N("ffn.post_norm", a * damped(x, "ffn") + m.F(x))
+
+
 def reference_forward(name: str, model: Model, tokens: Tensor, **options: Any) -> Tensor:
     """tokens [b, s] -> logits [b, s, v] of scheme ``name`` with these options, by its equations."""
     embedding, final = OUTSIDE[name](**options)

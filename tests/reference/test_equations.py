@@ -46,6 +46,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("keel", {"skip": 3.0, "final_norm": True}),
     ("rezero", {"final_norm": True}),
     ("skipinit", {"norms": False}),
+    ("gpas", {"shared": False}),
+    ("gpas", {"host": "postln"}),
+    ("gpas", {"host": "deepnorm_llama", "shared": False}),
 ]
 KINDS: list[dict[str, Any]] = [
     {"kind": "layernorm"},

@@ -56,8 +56,6 @@ def _refuse(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     config, words = data["config"], str(data.get("norm_type", "")).lower()
     if "streams" in config or config.get("resi_dual") or any(_second_stream(name) for name in tensors):
         raise NotCovered("several streams")
-    if "gpas" in words or any(".gpas_block." in name for name in tensors):
-        raise NotCovered("stop-gradient gate")
     if "schedule" in data or "prores" in words:
         raise NotCovered("factors that move with the step")
     if "base_scale" in config and "param.sz" in tensors:

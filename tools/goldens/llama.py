@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from goldens.case import choose, field, take, with_defaults, with_ends
+from goldens.case import NotCovered, choose, field, take, with_defaults, with_ends
 from goldens.renaming import Renamed
 from megnorm.models.config import ModelConfig
 from megnorm.norms.config import NormConfig
@@ -30,6 +30,7 @@ MATRICES = {
     "mlp.down_proj": "ffn.down",
 }  # fmt: skip
 OUTSIDE = {"model.embed_tokens": "embed.token", "model.norm": "final_norm", "lm_head": "head"}
+GATED = "_gpas"
 FACTORS = {"raw_scaling_factor_attn": "attention.residual.branch", "raw_scaling_factor_mlp": "ffn.residual.branch"}
 
 
@@ -40,12 +41,32 @@ def kind_of(data: Mapping[str, Any]) -> str:
         if formula != "1/sqrt(i+1)":
             raise ValueError(f"branch_input_scale: '{formula}' is not a documented formula; known is 1/sqrt(i+1)")
         return "lns"
-    return choose(TYPES, str(data["norm_type"]).lower(), "norm_type")
+    return choose(TYPES, str(data["norm_type"]).lower().removesuffix(GATED), "norm_type")
+
+
+def gated(data: Mapping[str, Any]) -> bool:
+    """Whether layers have GPAS's gates."""
+    return str(data["norm_type"]).lower().endswith(GATED)
+
+
+def _with_gates(data: Mapping[str, Any], kind: str, layers: int) -> NormConfig:
+    """GPAS on the scheme that would be without it."""
+    host = norm_of({**data, "norm_type": str(data["norm_type"])[: -len(GATED)]})
+    norm = NormConfig(scheme="gpas", options={"host": host.scheme})
+    found, wanted = (
+        [tuple(sub.residual.skip for sub in (layer.attention, layer.ffn)) + (layer.ffn.post is None,) for layer in one]
+        for one in (resolve(norm, layers).layers, resolve(host, layers).layers)
+    )
+    if found != wanted:
+        raise NotCovered(f"gates on '{kind}' with options of its own")
+    return norm
 
 
 def norm_of(data: Mapping[str, Any]) -> NormConfig:
     """The scheme of a Llama golden, but for its final norm."""
     kind, layers = kind_of(data), field(data["config"], "num_hidden_layers")
+    if gated(data):
+        return _with_gates(data, kind, layers)
     if kind == "post_pre":
         return NormConfig(scheme="mixln", options={"post_layers": field(data["config"], "post_num")})
     if kind == "deeppost":
@@ -98,6 +119,8 @@ def renaming(data: Mapping[str, Any]) -> Callable[[str], list[Renamed]]:
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
         if match is not None:
             layer, rest = int(match.group(1)), match.group(2)
+            if rest == "gpas_block.gate":
+                return [Renamed(f"blocks.{layer}.attention.residual.gate", vector=True)]
             if rest in FACTORS:
                 return [Renamed(f"blocks.{layer}.{FACTORS[rest]}", vector=True)]
             inner = {**MATRICES, **norms(layer)}.get(rest.removesuffix(f".{leaf}"))
