@@ -11,7 +11,7 @@ from megnorm.data.config import MULTIPLE
 from megnorm.models import check, family
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import count_parameters, padded_vocabulary
-from megnorm.norms.resolve import Resolved, scheme_of
+from megnorm.norms.resolve import Resolved, moves, scheme_of
 from megnorm.norms.scheme import ROLES, warnings_for
 from megnorm.optim import schedule
 from megnorm.parallel import balance
@@ -130,6 +130,7 @@ def make_plan(config: RunConfig, world: int, resolved: Resolved | None = None) -
     stages = _stages(config, world // parallel.tp)
     resolved = resolved or family.resolve_model(config.model)
     check_scheme(config.model, resolved)
+    _check_moving(config, resolved)
     by_role = count_parameters(config.model, resolved)
     return Plan(
         config,
@@ -180,6 +181,16 @@ def _check_graphs(config: RunConfig) -> None:
     for key, why in reasons.items():
         if config.kernels.graphs and why:
             raise PlanError(f"kernels.graphs cannot be joined with {key}: {why}; set kernels.graphs=false or change it")
+
+
+def _check_moving(config: RunConfig, resolved: Resolved) -> None:
+    """A factor that grows with the step is a number that a captured or compiled layer would keep."""
+    for name in ("graphs", "compile"):
+        if getattr(config.kernels, name) and moves(resolved):
+            raise PlanError(
+                f"kernels.{name} keeps the numbers of a layer, and model.norm.scheme={resolved.scheme} has factors that change "
+                f"with the step; set kernels.{name}=false, or take another scheme"
+            )
 
 
 def check_model(m: ModelConfig) -> None:

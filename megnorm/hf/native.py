@@ -12,7 +12,7 @@ from megnorm import config as configs
 from megnorm.checkpoint import io
 from megnorm.hf.tokenizer import SpecialIds
 from megnorm.models.config import ModelConfig
-from megnorm.norms.resolve import Resolved, from_json
+from megnorm.norms.resolve import Resolved, from_json, settled
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def read_native(source: Path) -> Native:
     data, ids = config.data, SpecialIds()
     if config.model.family == "encdec":
         ids = SpecialIds(pad=data.pad, start=data.pad if data.start is None else data.start)
-    return Native(config.model, from_json(record["resolved"]), state, data.tokenizer, path, ids)
+    return Native(
+        config.model, settled(from_json(record["resolved"]), record["step"]), state, data.tokenizer, path, ids
+    )
 
 
 def checkpoint_of(source: Path) -> Path:

@@ -111,6 +111,8 @@ class Residual(nn.Module):
             raise ValueError(f"config.json: residual rule '{spec['rule']}' is unknown to this file; export again")
         for name in ("skip", "branch"):
             scale = spec[name]
+            if scale.get("warmup"):
+                raise ValueError(f"config.json: residual.{name} still grows with the step; export a checkpoint again")
             if scale["learned"] is None:
                 setattr(self, name, scale["value"])
             elif not (scale["shared"] and shared is not None and shared.spec[name]["shared"]):

@@ -18,7 +18,7 @@ from megnorm.hf.native import checkpoint_of
 from megnorm.infer.beam import Beam, beam_search
 from megnorm.layers.env import Env
 from megnorm.models.encdec import EncoderDecoder
-from megnorm.norms.resolve import from_json
+from megnorm.norms.resolve import from_json, settled
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.mesh import Mesh
 
@@ -69,7 +69,7 @@ def load(source: Path, *, device: str = "cpu", tokenizer: str | None = None, end
     if words.eod is None:
         raise ValueError(f"{where}: the tokenizer has no end-of-document token; name the one that ends a text by --end")
     model = EncoderDecoder(
-        m, from_json(record["resolved"]), m.vocab_size, Env(Mesh(device=torch.device(device)))
+        m, settled(from_json(record["resolved"]), record["step"]), m.vocab_size, Env(Mesh(device=torch.device(device)))
     ).eval()
     state = io.read_full(path, [n.name for n in named_matrices(model)])
     with torch.no_grad():

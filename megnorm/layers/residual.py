@@ -1,18 +1,23 @@
 """Residual rules: how a branch returns to the stream. "add" is the rule of every scheme with one static stream."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megnorm.layers.env import Env
+from megnorm.norms.resolve import grown
 from megnorm.norms.scheme import Formula, Residual, Scale
 from megnorm.parallel.layout import Layout, parameter
+from megnorm.parallel.rng import DropoutRng
 
 
 class Add(nn.Module):
     """skip * r + branch * y [+ layer input], r the stream or the input norm's output; the sum or r damped by a gate.
 
-    A learned factor is a parameter ``skip`` or ``branch``, a scalar [1] or a vector [d]; a gate is a parameter ``gate`` [1].
+    A learned factor is a parameter ``skip`` or ``branch``, a scalar [1] or a vector [d]; a gate is a parameter ``gate`` [1]. A
+    factor that grows with the step is asked for its value in each forward pass.
     """
 
     def __init__(self, residual: Residual, width: int, env: Env) -> None:
@@ -30,14 +35,12 @@ class Add(nn.Module):
         r = u if self.source == "input" else stream
         if self.gated == "skip":
             r = self._damped(r)
-        if isinstance(self.skip, float) and isinstance(self.branch, float) and self.branch == 1.0:
-            out = torch.add(y, r, alpha=self.skip)
+        skip, branch = (f() if isinstance(f, Growing) else f for f in (self.skip, self.branch))
+        if isinstance(skip, float) and isinstance(branch, float) and branch == 1.0:
+            out = torch.add(y, r, alpha=skip)
         else:
-            kept = r if isinstance(self.skip, float) and self.skip == 1.0 else r * self.skip
-            if isinstance(self.branch, float):
-                out = torch.add(kept, y, alpha=self.branch)
-            else:
-                out = torch.addcmul(kept, self.branch, y)
+            kept = r if isinstance(skip, float) and skip == 1.0 else r * skip
+            out = torch.add(kept, y, alpha=branch) if isinstance(branch, float) else torch.addcmul(kept, branch, y)
         if self.layer_input:
             out = out + layer_input
         return self._damped(out) if self.gated == "stream" else out
@@ -58,8 +61,21 @@ def residual_rule(residual: Residual, width: int, env: Env) -> Add:
     return RULES[residual.rule](residual, width, env)
 
 
-def _factor(scale: Scale, width: int, env: Env) -> float | nn.Parameter:
+@dataclass(frozen=True)
+class Growing:
+    """A factor that depends on the step, which is a part of dropout's place: what is computed again finds the same one."""
+
+    scale: Scale
+    rng: DropoutRng
+
+    def __call__(self) -> float:
+        return grown(self.scale, self.rng.place.step)
+
+
+def _factor(scale: Scale, width: int, env: Env) -> float | Growing | nn.Parameter:
     value = float(scale.value)  # type: ignore[arg-type]
+    if scale.warmup:
+        return Growing(scale, env.rng)
     if scale.learned is None:
         return value
     return _learned((width,) if scale.learned == "width" else (1,), value, env)

@@ -277,6 +277,8 @@ def _norm(panel: Panel, x: float, y: float, found: Sequence[Norm | None], side: 
 def _factor_words(found: Sequence[Scale]) -> str:
     """What is written beside a factor; "" for a constant 1."""
     scale, values = found[0], [item.value for item in found]
+    if scale.warmup:
+        return f"0 to {_span(values)} in {_span([item.warmup for item in found])} steps"
     if scale.learned is None:
         return "" if all(value == 1.0 for value in values) else _span(values)
     shape = "vector" if scale.learned == "width" else "scalar"

@@ -135,6 +135,36 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
     )
 
 
+def settled(resolved: Resolved, step: int) -> Resolved:
+    """With every factor as it is after ``step`` optimizer steps, for a model that trains no further."""
+
+    def fixed(scale: Scale) -> Scale:
+        return replace(scale, value=grown(scale, step), warmup=0.0) if scale.warmup else scale
+
+    def still(sub: Any) -> Any:
+        if sub is None:
+            return None
+        skip, branch = fixed(sub.residual.skip), fixed(sub.residual.branch)
+        return replace(sub, residual=replace(sub.residual, skip=skip, branch=branch))
+
+    layers = tuple(
+        Layer(still(layer.attention), still(layer.ffn), still(layer.cross_attention)) for layer in resolved.layers
+    )
+    encoder = None if resolved.encoder is None else settled(resolved.encoder, step)
+    return replace(resolved, layers=layers, encoder=encoder)
+
+
+def grown(scale: Scale, step: int) -> float:
+    """A resolved factor in step ``step``."""
+    value, warmup = float(scale.value), float(scale.warmup)  # type: ignore[arg-type]
+    return value if step >= warmup else value * step / warmup
+
+
+def moves(resolved: Resolved) -> bool:
+    """Whether a factor changes from step to step."""
+    return resolved != settled(resolved, 0)
+
+
 def _numbers(value: Any, depth: Depth, config: NormConfig, path: str) -> Any:
     """``value`` (a dataclass of a scheme) with every formula evaluated and every open norm field filled."""
     if isinstance(value, Norm):

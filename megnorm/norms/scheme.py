@@ -13,8 +13,7 @@ numbers, ``layers/sublayer.py`` reads the numbers. Only the standard library is 
 
 Room for what is not here yet, each by a field whose default leaves today's schemes as they are. Several streams:
 ``Residual.rule`` names another rule of ``layers/residual.py`` ("dual", "hyper", ...), and Scheme gets the streams'
-count, entry and exit. Factors that move with the step: a ``Schedule(kind, start, length)`` beside a number or a formula
-in ``Scale.value``. Mixing by token: a rule with parameters of its own. A projection of weights after each step: a field
+count, entry and exit. Mixing by token: a rule with parameters of its own. A projection of weights after each step: a field
 of Init, by role.
 """
 
@@ -76,11 +75,13 @@ class Scale:
     """A factor on the skip or the branch of a residual: a constant, or a parameter that starts at ``value``.
 
     learned: None (constant), "scalar", or "width" (a vector of d). shared: one parameter for all sub-layers of a layer.
+    warmup: optimizer steps over which a constant grows from 0: in step t, from 1, it is value * min(t / warmup, 1).
     """
 
     value: Formula = 1.0
     learned: Literal["scalar", "width"] | None = None
     shared: bool = False
+    warmup: Formula = 0.0
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,8 @@ PROBES = tuple(_probes())
 def _formulas(value: Any, path: str) -> Iterator[tuple[str, Formula]]:
     """Every number or formula in a declaration, with its path."""
     if isinstance(value, Norm | Scale | Gate):
-        names = ("alpha", "weight_init", "scale") if isinstance(value, Norm) else ("value",)
+        names: tuple[str, ...] = ("alpha", "weight_init", "scale") if isinstance(value, Norm) else ("value",)
+        names += ("warmup",) if isinstance(value, Scale) else ()
         yield from ((f"{path}.{n}", getattr(value, n)) for n in names if getattr(value, n) is not None)
     elif isinstance(value, Scheme | Layer | SubLayer | Residual | Init):
         start = f"{path}: " if isinstance(value, Scheme) else f"{path}."
@@ -350,6 +352,8 @@ def _check_scale(path: str, scale: Scale) -> None:
         raise SchemeError(
             f"{path}.learned: '{scale.learned}' is neither 'scalar' nor 'width'; leave it out for a constant"
         )
+    if scale.learned is not None and scale.warmup != 0.0:
+        raise SchemeError(f"{path}.warmup: a learned factor moves by itself; leave learned or warmup out")
     if scale.shared and scale.learned is None:
         raise SchemeError(f"{path}.shared: a constant has nothing to share; set learned, or leave shared out")
 

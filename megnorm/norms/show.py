@@ -94,6 +94,8 @@ def _residual(subs: Sequence[Any]) -> Iterator[str]:
             yield f"{name} learned {scale.learned} from {span(values)}{shared}"
         elif any(value != 1.0 for value in values):
             yield f"{name} {span(values)}"
+        if scale.warmup:
+            yield f"{name} grows from 0 over {span([scales(sub)[i][1].warmup for sub in subs])} steps"
     gate = subs[0].residual.gate
     if gate is not None:
         shared = ", shared by the layer" if gate.shared else ""

@@ -54,7 +54,12 @@ def loss_sum(run: Run, parts: Sequence[Input]) -> Tensor:
     parallel = run.plan.config.parallel
     set_training(run, False)
     schedule = forward_only(parallel.pp, parallel.virtual_stages, len(parts))
-    total = run.pipeline.run(schedule, parts, before=lambda action, last: RECORDER.tick())
+
+    def before(action: Action, last: bool) -> None:
+        RECORDER.tick()
+        run.rng.begin(run.plan.config.train.seed, run.step, action.micro_batch, run.mesh.dp.rank, run.mesh.tp.rank)
+
+    total = run.pipeline.run(schedule, parts, before=before)
     return all_reduce(total, run.mesh.pp)
 
 

@@ -20,6 +20,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_scale": "post_projection", "residual_scale": True},
     ),
 }
+# Where branches grow with the step, so fast that they count in the first one.
+GROWN: dict[str, dict[str, Any]] = {"prores": {"steps": 3}, "branchnorm": {"steps": 2}}
 # Models that differ in all that may interact with sharding.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"activation": "swiglu", "positions": "rotary"},
@@ -146,7 +148,7 @@ def config(
 
     recompute: modes, with + between them. moe: of MIXTURES.
     """
-    name, options = OPTIONS.get(scheme, (scheme, {}))
+    name, options = OPTIONS.get(scheme, (scheme, GROWN.get(scheme, {})))
     layers = 3 if name in ("mixln", "keel", "hybridnorm_mix_ln") else 2
     chosen = (MODELS | FEATURED | FAMILIES)[model]
     family = chosen.get("family", "causal")

@@ -167,8 +167,6 @@ def test_remarks_in_brackets() -> None:
         ({"config": {"streams": 3}}, (), "several streams"),
         ({"config": {"resi_dual": True}}, (), "several streams"),
         ({"config": {}}, ("hidden_x.0",), "several streams"),
-        ({"config": {}, "norm_type": "pre_prores"}, (), "factors that move with the step"),
-        ({"config": {}, "norm_type": "pre", "schedule": {}}, (), "factors that move with the step"),
         ({"config": {"base_scale": 0.1}}, ("param.sz",), "weights projected after each step"),
         ({"config": {"add_value_residual": True}}, (), "value residual"),
     ],

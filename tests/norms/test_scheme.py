@@ -13,6 +13,7 @@ from megnorm.norms.scheme import (
     FFN,
     Attention,
     Depth,
+    Gate,
     Init,
     Layer,
     Norm,
@@ -51,6 +52,11 @@ IMPOSSIBLE = [
         {"layer": Layer(ffn=FFN(residual=Residual(branch=Scale(0.0, "scalar", shared=True))))},
         r"residual\.branch\.shared: attention and ffn",
     ),
+    ({"layer": Layer(ffn=FFN(residual=Residual(branch=Scale(0.0, "scalar", warmup=9))))}, r"branch\.warmup: a learned"),
+    ({"layer": Layer(ffn=FFN(residual=Residual(gate=Gate(shared=False)), post=Norm()))}, r"residual\.gate\.on: a post"),
+    ({"layer": Layer(ffn=FFN(residual=Residual(gate=Gate("branch", shared=False))))}, r"gate\.on: 'branch'"),  # type: ignore[arg-type]
+    ({"layer": Layer(ffn=FFN(residual=Residual(gate=Gate())))}, r"residual\.gate\.shared: attention and ffn"),
+    ({"layer": Layer(ffn=FFN(residual=Residual(gate=0.5)))}, r"residual\.gate: give Gate"),  # type: ignore[arg-type]
     ({"layer": Layer(attention=FFN())}, r"layer\.attention: give Attention"),  # type: ignore[arg-type]
     ({"final": Norm("head")}, r"mine: final\.over"),
     ({"init": Init(gain={"W_q": 2.0})}, r"init\.gain: no matrix of a block has the role 'W_q'"),

@@ -106,7 +106,7 @@ def test_drawings_show_every_norm_and_factor(name: str) -> None:
     assert classes.count("norm") == outside + sum(len(list(norms(sub))) for sub in shown)
     assert classes.count("wire extra") == sum(sub.residual.layer_input for sub in shown)
     factors = sum(
-        scale.learned is not None or scale.value != 1.0
+        scale.learned is not None or scale.value != 1.0 or scale.warmup != 0.0
         for sub in shown
         for scale in (sub.residual.skip, sub.residual.branch)
     ) + sum((getattr(sub, "head_scale", None) is not None) + (sub.residual.gate is not None) for sub in shown)

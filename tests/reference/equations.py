@@ -313,6 +313,24 @@ def gpas(m: Model, x: Tensor, host: str = "preln", shared: bool = True) -> Tenso
     return m.N("ffn.post_norm", a * damped(x, "ffn") + m.F(x))
 
 
+@scheme(final=lambda host="preln", **o: host != "postln")
+def prores(m: Model, x: Tensor, host: str = "preln", steps: int = 1000) -> Tensor:
+    g = min(m.step / (steps * m.l), 1.0)
+    if host == "preln":
+        x = x + g * m.A(m.N("attention.input_norm", x))
+        return x + g * m.F(m.N("ffn.input_norm", x))
+    a = (2 * m.L) ** 0.25 if host == "deepnorm_llama" else 1.0
+    x = m.N("attention.post_norm", a * x + g * m.A(x))
+    return m.N("ffn.post_norm", a * x + g * m.F(x))
+
+
+@scheme(final=False)
+def branchnorm(m: Model, x: Tensor, steps: int = 4000) -> Tensor:
+    g = min(m.step / steps, 1.0)
+    x = m.N("attention.post_norm", x + g * m.A(x))
+    return m.N("ffn.post_norm", x + g * m.F(x))
+
+
 def reference_forward(name: str, model: Model, tokens: Tensor, **options: Any) -> Tensor:
     """tokens [b, s] -> logits [b, s, v] of scheme ``name`` with these options, by its equations."""
     embedding, final = OUTSIDE[name](**options)

@@ -25,6 +25,7 @@ class Model:
 
     kind, eps, one_plus: of every norm but those that an equation fixes. rope_theta None: no positions at all. moe: options
     of layers that have a router. ``extra`` adds up their own losses, those of a sequence as often as it has tokens.
+    step: of the optimizer.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Model:
         eps: float = 1e-5,
         one_plus: bool = False,
         moe: Mapping[str, Any] | None = None,
+        step: int = 0,
     ) -> None:
+        self.step = step
         self.moe, self.extra = moe or {}, torch.zeros((), dtype=torch.float64)
         self.weights, self.used = weights, set[str]()
         self.L, self.l = layers, 0

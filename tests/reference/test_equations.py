@@ -47,9 +47,12 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("rezero", {"final_norm": True}),
     ("skipinit", {"norms": False}),
     ("gpas", {"shared": False}),
+    ("prores", {"host": "deepnorm_llama", "steps": 300}),
+    ("branchnorm", {"steps": 600}),
     ("gpas", {"host": "postln"}),
     ("gpas", {"host": "deepnorm_llama", "shared": False}),
 ]
+STEP = 700  # for factors that grow
 KINDS: list[dict[str, Any]] = [
     {"kind": "layernorm"},
     {"kind": "layernorm", "bias": False},
@@ -81,7 +84,9 @@ def randomize(model: torch.nn.Module) -> None:
 def compare(norm: NormConfig, layers: int = 5, moe: dict[str, Any] | None = None, **changes: Any) -> None:
     sizes = {"layers": layers, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 6, "ffn": 40, "vocab_size": 50}
     cfg = ModelConfig(**(sizes | changes), norm=norm, moe=MoEConfig(**(moe or {})))
-    model = build_model(cfg, Env(dtype=torch.float64), vocab_multiple=1)
+    env = Env(dtype=torch.float64)
+    env.rng.begin(0, STEP, 0, 0, 0)
+    model = build_model(cfg, env, vocab_multiple=1)
     randomize(model)
     tokens = torch.randint(cfg.vocab_size, (2, 7), generator=torch.Generator().manual_seed(3))
     labels = tokens.roll(-1, 1)
@@ -101,6 +106,7 @@ def compare(norm: NormConfig, layers: int = 5, moe: dict[str, Any] | None = None
         eps=norm.eps,
         one_plus=norm.gain == "one_plus",
         moe=moe,
+        step=STEP,
     )
     logits = reference_forward(norm.scheme, judge, tokens, **norm.options)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") + judge.extra
@@ -183,7 +189,9 @@ def test_the_comparison_bites() -> None:
 
 def compare_wrong() -> None:
     cfg = ModelConfig(layers=2, width=32, heads=4, ffn=40, vocab_size=50, norm=NormConfig("deepnorm"))
-    model = build_model(cfg, Env(dtype=torch.float64), vocab_multiple=1)
+    env = Env(dtype=torch.float64)
+    env.rng.begin(0, STEP, 0, 0, 0)
+    model = build_model(cfg, env, vocab_multiple=1)
     randomize(model)
     tokens = torch.arange(14).view(2, 7)
     weights = {named.name: named.view() for named in named_matrices(model)}

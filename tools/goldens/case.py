@@ -46,6 +46,7 @@ class Case:
     here, so that they change nothing; their gradients are not compared. table: the reference's position table, or None.
     source [b, s']: of an encoder-decoder. real [b, s] bool: False at padding of an encoder's tokens; None: there is none.
     segments [b, s]: token types. seen [b, s] bool: where logits are compared; None: everywhere.
+    step: the optimizer step that it is, for factors that move.
     """
 
     model: ModelConfig
@@ -64,6 +65,7 @@ class Case:
     real: Tensor | None = None
     segments: Tensor | None = None
     seen: Tensor | None = None
+    step: int = 0
 
 
 def find(folder: Path) -> Iterator[Path]:

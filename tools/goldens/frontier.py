@@ -48,16 +48,15 @@ def case(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
         loss=float(take(tensors, "loss")),
         tolerance=FRONTIER,
         logits_relative=False,
+        step=int(data.get("schedule", {}).get("t", 0)),
         zero=xtransformers.absent_biases(model, weights) if "num_tokens" in data["config"] else frozenset(),
     )
 
 
 def _refuse(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    config, words = data["config"], str(data.get("norm_type", "")).lower()
+    config = data["config"]
     if "streams" in config or config.get("resi_dual") or any(_second_stream(name) for name in tensors):
         raise NotCovered("several streams")
-    if "schedule" in data or "prores" in words:
-        raise NotCovered("factors that move with the step")
     if "base_scale" in config and "param.sz" in tensors:
         raise NotCovered("weights projected after each step")
     if config.get("add_value_residual"):

@@ -30,7 +30,7 @@ MATRICES = {
     "mlp.down_proj": "ffn.down",
 }  # fmt: skip
 OUTSIDE = {"model.embed_tokens": "embed.token", "model.norm": "final_norm", "lm_head": "head"}
-GATED = "_gpas"
+STACKED = ("_gpas", "_prores")
 FACTORS = {"raw_scaling_factor_attn": "attention.residual.branch", "raw_scaling_factor_mlp": "ffn.residual.branch"}
 
 
@@ -41,32 +41,43 @@ def kind_of(data: Mapping[str, Any]) -> str:
         if formula != "1/sqrt(i+1)":
             raise ValueError(f"branch_input_scale: '{formula}' is not a documented formula; known is 1/sqrt(i+1)")
         return "lns"
-    return choose(TYPES, str(data["norm_type"]).lower().removesuffix(GATED), "norm_type")
+    words = str(data["norm_type"]).lower()
+    return choose(TYPES, words.rpartition("_")[0] if words.endswith(STACKED) else words, "norm_type")
 
 
-def gated(data: Mapping[str, Any]) -> bool:
-    """Whether layers have GPAS's gates."""
-    return str(data["norm_type"]).lower().endswith(GATED)
-
-
-def _with_gates(data: Mapping[str, Any], kind: str, layers: int) -> NormConfig:
-    """GPAS on the scheme that would be without it."""
-    host = norm_of({**data, "norm_type": str(data["norm_type"])[: -len(GATED)]})
-    norm = NormConfig(scheme="gpas", options={"host": host.scheme})
+def _stacked(data: Mapping[str, Any], kind: str, layers: int) -> NormConfig:
+    """GPAS or ProRes on the scheme that would be without it."""
+    word = str(data["norm_type"]).lower().rpartition("_")[2]
+    host = norm_of({**data, "norm_type": str(data["norm_type"])[: -len(word) - 1]})
+    options: dict[str, Any] = {"host": host.scheme}
+    if word == "prores":
+        options["steps"] = _steps(data)
+    norm = NormConfig(scheme=word, options=options)
     found, wanted = (
-        [tuple(sub.residual.skip for sub in (layer.attention, layer.ffn)) + (layer.ffn.post is None,) for layer in one]
-        for one in (resolve(norm, layers).layers, resolve(host, layers).layers)
+        [
+            (layer.attention.residual.skip, layer.ffn.residual.skip, layer.ffn.post)
+            for layer in resolve(one, layers).layers
+        ]
+        for one in (norm, host)
     )
     if found != wanted:
-        raise NotCovered(f"gates on '{kind}' with options of its own")
+        raise NotCovered(f"{word} on '{kind}' with options of its own")
     return norm
+
+
+def _steps(data: Mapping[str, Any]) -> int:
+    """T of a documented schedule."""
+    schedule = field(data, "schedule")
+    if (schedule.get("kind"), schedule.get("formula")) != ("linear", "min(t/(T*(i+1)),1)"):
+        raise ValueError(f"schedule: {schedule} is not documented; known is the linear min(t/(T*(i+1)),1)")
+    return int(field(schedule, "T"))
 
 
 def norm_of(data: Mapping[str, Any]) -> NormConfig:
     """The scheme of a Llama golden, but for its final norm."""
     kind, layers = kind_of(data), field(data["config"], "num_hidden_layers")
-    if gated(data):
-        return _with_gates(data, kind, layers)
+    if str(data["norm_type"]).lower().endswith(STACKED):
+        return _stacked(data, kind, layers)
     if kind == "post_pre":
         return NormConfig(scheme="mixln", options={"post_layers": field(data["config"], "post_num")})
     if kind == "deeppost":

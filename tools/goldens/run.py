@@ -80,7 +80,9 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
     mesh = mesh or Mesh()
     config, pp = from_yaml(to_yaml(case.model)), mesh.pp
     layers = stages_of(config, pp.size)[pp.rank]
-    stage = build_model(config, Env(mesh=mesh, dtype=case.dtype), seed=0, layers=layers)
+    env = Env(mesh=mesh, dtype=case.dtype)
+    env.rng.begin(0, case.step, 0, 0, mesh.tp.rank)
+    stage = build_model(config, env, seed=0, layers=layers)
     load(stage, case, mesh)
     parts, count = _parts(case, mesh)
     logits = _logits(stage, parts, mesh)[: case.tokens.shape[1]].transpose(0, 1)

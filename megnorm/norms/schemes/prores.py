@@ -1,0 +1,66 @@
+"""Branches that grow with the optimizer's step t, on another scheme.
+
+    prores       a = min(t / (T l), 1), l the layer's 1-based index: deeper layers join later    arXiv:2603.05369, equation 3
+    branchnorm   N(x + a F(x)), a = min(t / T, 1), on the way to a plain Post-LN                  arXiv:2305.02790
+
+ProRes multiplies the branch after its output norm, where the host has one; T is 1000 in the paper. Nothing is learned, and
+once all factors are 1 the model is the host's. The published code counts t from 0, so that its first step moves no branch;
+here t is the number of the step, from 1.
+"""
+
+from dataclasses import replace
+from typing import TypeVar
+
+from megnorm.norms import registry
+from megnorm.norms.registry import register
+from megnorm.norms.scheme import (
+    FFN,
+    Attention,
+    Depth,
+    Formula,
+    Layer,
+    Norm,
+    Residual,
+    Scale,
+    Scheme,
+    SchemeError,
+    SubLayer,
+)
+
+Part = TypeVar("Part", bound=SubLayer)
+
+
+def _growing(part: Part, warmup: Formula) -> Part:
+    if part.residual.branch.learned is not None:
+        raise SchemeError("norm.options.host: its branches have learned factors, which move by themselves")
+    return replace(part, residual=replace(part.residual, branch=replace(part.residual.branch, warmup=warmup)))
+
+
+@register
+def prores(host: str = "preln", steps: int = 1000) -> Scheme:
+    """host: the scheme whose branches grow, with its own options' defaults. steps: T."""
+    base = registry.get(host)
+
+    def growing(layer: Layer) -> Layer:
+        cross = None if layer.cross_attention is None else _growing(layer.cross_attention, warmup)
+        return Layer(_growing(layer.attention, warmup), _growing(layer.ffn, warmup), cross)
+
+    def warmup(d: Depth) -> float:
+        return steps * d.index
+
+    return replace(
+        base,
+        name="prores",
+        paper="arXiv:2603.05369",
+        summary="branches grow layer by layer in the first steps, on another scheme",
+        layer=growing(base.layer),
+        overrides=tuple((where, growing(layer)) for where, layer in base.overrides),
+    )
+
+
+@register
+def branchnorm(steps: int = 4000) -> Scheme:
+    """steps: T."""
+    residual = Residual(branch=Scale(warmup=steps))
+    layer = Layer(Attention(post=Norm(), residual=residual), FFN(post=Norm(), residual=residual))
+    return Scheme("branchnorm", "arXiv:2305.02790", "Post-LN whose branches grow in the first steps", layer)
