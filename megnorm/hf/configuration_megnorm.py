@@ -31,6 +31,7 @@ class MegnormConfig(PreTrainedConfig):
     base_model_pp_plan = {
         "embed": (["input_ids"], ["hidden_states"]),
         "blocks": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "joined": (["hidden_states"], ["hidden_states"]),
         "final_norm": (["hidden_states"], ["hidden_states"]),
     }
 

@@ -61,9 +61,10 @@ class MegnormEncoder(MegnormPreTrainedModel):
             "bias": self.bias(places, places, causal=False),
         }
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        x = self.joined.begin(x)
         for block in self.blocks:
             x = block(x, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.final_norm(x))
+        return BaseModelOutput(last_hidden_state=self.final_norm(self.joined(x)))
 
 
 class Transform(nn.Module):

@@ -154,13 +154,16 @@ class Block(GradientCheckpointingLayer):
     ) -> Tensor:
         """cross: memory, its mask and the cache, for cross-attention. real: [b, s], False on padding."""
         x, attention, ffn = hidden_states, self.attention, self.ffn
-        u = attention.input_norm(x)
+        stream, second, seen = attention.read(x)
+        u = attention.input_norm(seen)
         y, _ = attention(u, **kwargs)
-        middle = attention.post_norm(attention.residual(x, u, y, x))
+        middle = attention.write(stream, second, u, y, x)
         if cross is not None:
             other = self.cross_attention
-            u = other.input_norm(middle)
+            stream, second, seen = other.read(middle)
+            u = other.input_norm(seen)
             y, _ = other(u, **cross)
-            middle = other.post_norm(other.residual(middle, u, y, x, attention.residual))
-        u = ffn.input_norm(x if self.parallel else middle)
-        return ffn.post_norm(ffn.residual(middle, u, ffn(u, real), x, attention.residual))
+            middle = other.write(stream, second, u, y, x, attention.residual)
+        stream, second, seen = ffn.read(middle)
+        u = ffn.input_norm(x if self.parallel else seen)
+        return ffn.write(stream, second, u, ffn(u, real), x, attention.residual)

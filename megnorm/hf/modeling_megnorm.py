@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_megnorm import alibi, relative_buckets, rotary_angles
 from .configuration_megnorm import MegnormConfig
 from .layers_megnorm import Attention, Block, Embedding
-from .norms_megnorm import Norm, Residual, make_norm
+from .norms_megnorm import Ends, Norm, Residual, SecondStream, make_norm
 
 
 class MegnormPreTrainedModel(PreTrainedModel):
@@ -49,7 +49,7 @@ class MegnormPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Norm | Residual):
+        if isinstance(module, Norm | Residual | SecondStream):
             module.reset()
         elif isinstance(module, Attention) and module.scaled:
             init.ones_(module.head_scale)
@@ -61,6 +61,7 @@ class MegnormPreTrainedModel(PreTrainedModel):
         if config.relative_buckets is not None:
             self.relative = nn.Embedding(config.relative_buckets, config.num_attention_heads)
         self.blocks = nn.ModuleList(Block(config, layer, i, **kind) for i, layer in enumerate(norm["layers"]))
+        self.joined = Ends(norm.get("streams"), config.hidden_size)
         self.final_norm = make_norm(norm["final"], config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
@@ -124,11 +125,12 @@ class MegnormModel(MegnormPreTrainedModel):
             position_ids = torch.arange(token.shape[1], device=token.device)[None] + past
         hidden_states = self.embed(token, position_ids, real)
         shared = self._by_type(hidden_states, attention_mask, past_key_values, position_ids, past)
+        hidden_states = self.joined.begin(hidden_states)
         for block, layer_type in zip(self.blocks, self.config.layer_types, strict=True):
             kwargs |= shared[layer_type]
             hidden_states = block(hidden_states, past_key_values=past_key_values, real=real, **kwargs)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.final_norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.final_norm(self.joined(hidden_states)), past_key_values=past_key_values
         )
 
     def _by_type(

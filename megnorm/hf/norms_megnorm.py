@@ -149,6 +149,46 @@ def damped(x: Tensor, gate: Tensor) -> Tensor:
     return x - F.silu(gate) * x.detach()
 
 
+class SecondStream(nn.Module):
+    """A sub-layer's side of a second stream beside the first, both in one tensor [2, b, s, d]."""
+
+    def __init__(self, spec: Spec, width: int):
+        super().__init__()
+        self.spec = spec
+        self.start_norm, self.read_norm = make_norm(spec["start"], width), make_norm(spec["read"], width)
+        if spec["share"]["learned"] is not None:
+            self.share = nn.Parameter(torch.empty(width if spec["share"]["learned"] == "width" else 1))
+        self.reset()
+
+    def reset(self) -> None:
+        if hasattr(self, "share"):
+            init.constant_(self.share, self.spec["share"]["value"])
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first stream, the second one, and what the branch reads."""
+        x, y = streams.unbind()
+        x = self.start_norm(x)
+        if self.spec["read"] is None:
+            return x, y, x
+        return x, y, x * (self.share if hasattr(self, "share") else self.spec["share"]["value"]) + self.read_norm(y)
+
+
+class Ends(nn.Module):
+    """How streams begin and end, by ``config.norm``: one as it is, two as [2, b, s, d] from the embedding to a sum."""
+
+    def __init__(self, spec: Spec | None, width: int):
+        super().__init__()
+        self.spec = spec
+        if spec is not None:
+            self.x_norm, self.y_norm = make_norm(spec["x"], width), make_norm(spec["y"], width)
+
+    def begin(self, x: Tensor) -> Tensor:
+        return x if self.spec is None else torch.stack([x, x * self.spec["entry"]])
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return streams if self.spec is None else self.x_norm(streams[0]) + self.y_norm(streams[1])
+
+
 class SubLayer(nn.Module):
     """A branch of a block, with the norms around it and the residual that it ends in."""
 
@@ -156,9 +196,28 @@ class SubLayer(nn.Module):
     output_norm: nn.Module
     post_norm: nn.Module
     residual: Residual
+    second: SecondStream | None
+
+    def read(self, streams: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The stream that the residual takes, the second one or None, and what the input norm sees."""
+        return (streams, None, streams) if self.second is None else self.second(streams)
+
+    def write(
+        self,
+        x: Tensor,
+        second: Tensor | None,
+        u: Tensor,
+        y: Tensor,
+        layer_input: Tensor,
+        shared: Residual | None = None,
+    ) -> Tensor:
+        """What goes on, from what ``read`` gave, the normalized input and the branch."""
+        out = self.post_norm(self.residual(x, u, y, layer_input, shared))
+        return out if self.second is None else torch.stack([out, second + self.second.spec["write"] * y])
 
     def surround(self, spec: Spec, width: int, first: Residual | None = None) -> None:
         """Make these modules. first: the attention's residual, whose factors this one may share."""
         self.input_norm, self.output_norm = make_norm(spec["input"], width), make_norm(spec["output"], width)
         self.post_norm = make_norm(spec["post"], width)
         self.residual = Residual(spec["residual"], width, first)
+        self.second = SecondStream(spec["second"], width) if spec.get("second") else None

@@ -23,8 +23,8 @@ class Add(nn.Module):
     def __init__(self, residual: Residual, width: int, env: Env) -> None:
         super().__init__()
         self.source, self.layer_input = residual.source, residual.layer_input
-        self.skip = _factor(residual.skip, width, env)
-        self.branch = _factor(residual.branch, width, env)
+        self.skip = factor(residual.skip, width, env)
+        self.branch = factor(residual.branch, width, env)
         self.gated = None if residual.gate is None else residual.gate.on
         self.gate: nn.Parameter | None = None
         if residual.gate is not None:
@@ -72,7 +72,8 @@ class Growing:
         return grown(self.scale, self.rng.place.step)
 
 
-def _factor(scale: Scale, width: int, env: Env) -> float | Growing | nn.Parameter:
+def factor(scale: Scale, width: int, env: Env) -> float | Growing | nn.Parameter:
+    """A resolved factor: a number, one that grows, or a parameter."""
     value = float(scale.value)  # type: ignore[arg-type]
     if scale.warmup:
         return Growing(scale, env.rng)

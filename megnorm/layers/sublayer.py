@@ -7,6 +7,7 @@ from megnorm.layers import fused
 from megnorm.layers.env import Context, Env
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.residual import residual_rule
+from megnorm.layers.streams import SecondStream
 from megnorm.norms import scheme
 
 
@@ -31,7 +32,8 @@ class Dropout(nn.Module):
 class SubLayer(nn.Module):
     """A residual sub-layer: x' = post(skip * r + branch * output(F(input(x)))).
 
-    stream [s, b, d] -> same ([s/tp, b, d] with sequence parallelism). Subclasses bring the branch F as ``body``.
+    stream [s, b, d] -> same ([s/tp, b, d] with sequence parallelism); two streams are [2, s, b, d]. Subclasses
+    bring the branch F as ``body``.
     name: the sub-layer's path in the whole model, of which dropout masks are a function.
     """
 
@@ -41,9 +43,10 @@ class SubLayer(nn.Module):
         self.output_norm = norm_or_identity(spec.output, "output", 1, width, env)
         self.post_norm = norm_or_identity(spec.post, "post", 1, width, env)
         self.residual = residual_rule(spec.residual, width, env)
+        self.second = None if spec.second is None else SecondStream(spec.second, width, env)
         self.recompute = env.recompute
         self.dropout = Dropout(dropout, env, name, local=env.mesh.sequence_parallel)
-        self.join = fused.join(self, dropout, env)
+        self.join = fused.join(self, dropout, env) if self.second is None else None
         self.entry: fused.Entry | None = None  # a sub-layer that begins with a product may have one
 
     def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
@@ -61,6 +64,13 @@ class SubLayer(nn.Module):
         h, u = self.entry(x)
         return u, self.body(u, context, h)
 
+    def _two(self, second: SecondStream, streams: Tensor, context: Context) -> Tensor:
+        """The same with two streams, [2, s, b, d] -> same."""
+        first, other, read = second(streams)
+        u, y = self.branch(read, context)
+        y = self.dropout(self.output_norm(y))
+        return second.join(self.post_norm(self.residual(first, u, y, first)), other, y)
+
     def forward(
         self,
         stream: Tensor,
@@ -74,6 +84,8 @@ class SubLayer(nn.Module):
 
         u: the input norm's output, where it is there already.
         """
+        if self.second is not None:
+            return self._two(self.second, stream, context)
         if u is None:
             u, y = self.branch(stream if read is None else read, context)
         else:

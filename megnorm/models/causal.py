@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from megnorm.layers import streams
 from megnorm.layers.attention import attention_mask
 from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.dispatch import Routing
@@ -47,7 +48,7 @@ class CausalLM(nn.Module):
         self, cfg: ModelConfig, resolved: Resolved, padded_vocab: int, env: Env, layers: tuple[int, int] | None = None
     ) -> None:
         super().__init__()
-        self.cfg, self.env = cfg, env
+        self.cfg, self.env, self.streams = cfg, env, resolved.streams
         begin, end = layers or (0, cfg.layers)
         self.first, self.last = begin == 0, end == cfg.layers
         shared = cfg.tied_head and not (self.first and self.last)
@@ -62,6 +63,7 @@ class CausalLM(nn.Module):
             {str(i): Block(resolved.layers[i], cfg, env.block(i, cfg.layers), i) for i in range(begin, end)}
         )
         if self.last:
+            self.joined = streams.end(resolved.streams, cfg.width, env)
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
             self.head = Head(cfg, padded_vocab, env, token.weight if cfg.tied_head and token is not None else None)
 
@@ -70,13 +72,14 @@ class CausalLM(nn.Module):
         return [
             *([self.embed] if self.first else []),
             *self.blocks.values(),
-            *([self.final_norm, self.head] if self.last else []),
+            *([self.joined, self.final_norm, self.head] if self.last else []),
         ]
 
     def edge(self, batch: Tokens, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
-        """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d])."""
+        """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d]), or two [2, s, b, d]."""
         s, b = batch.tokens.shape
-        return (s // self.env.mesh.sp.size, b, self.cfg.width), self.env.compute or self.env.dtype
+        shape = streams.shape_of(s // self.env.mesh.sp.size, b, self.cfg.width, self.streams)
+        return shape, self.env.compute or self.env.dtype
 
     def hidden(
         self,
@@ -92,14 +95,14 @@ class CausalLM(nn.Module):
         sparse layers; None: nobody asks for them.
         """
         where = token_positions(tokens, self.cfg.padding_id) if positions is None else positions
-        x = self.embed(tokens, where) if carry is None else carry
+        x = streams.begin(self.embed(tokens, where), self.streams) if carry is None else carry
         rope, window_rope = rotations(self.cfg, where, x.dtype)
         if routing is None and self.cfg.moe.experts:
             routing = self._routing(tokens, documents)
         mask = attention_mask(tokens, self.cfg.padding_id)
         context = Context(rope, mask, documents, window_rope=window_rope, routing=routing)
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
-        return self.final_norm(x) if self.last else x
+        return self.final_norm(self.joined(x)) if self.last else x
 
     def states(self, batch: Tokens, carry: Tensor | None = None) -> Tensor:
         """The stream behind this stage; behind the last one what the head reads."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, plain_norm
-from megnorm.norms.scheme import FFN, Attention, Norm
+from megnorm.norms.scheme import FFN, Attention, Norm, Second
 
 
 def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
@@ -41,9 +41,10 @@ def count_parameters(m: ModelConfig, resolved: Resolved, *, experts: int | None 
             if common:
                 tally.feed_forward(layer.ffn, common)
             for place, part in enumerate((*attentions, layer.ffn)):
-                for value in (part.input, part.output, part.post):
+                second = part.second or Second()
+                for value in (second.start, second.read, part.input, part.output, part.post):
                     tally.norm(value, 1, m.width)
-                for scale in (part.residual.skip, part.residual.branch):
+                for scale in (part.residual.skip, part.residual.branch, second.share):
                     if scale.learned and not (scale.shared and place):
                         tally.add("scale", m.width if scale.learned == "width" else 1)
                 gate = part.residual.gate
@@ -86,6 +87,9 @@ class _Tally:
             self.norm(plain_norm(m.norm), 1, d)
         for value in (norms for stack in stacks for norms in (stack.embedding, stack.final)):
             self.norm(value, 1, d)
+        for ends in (stack.streams for stack in stacks if stack.streams is not None):
+            self.norm(ends.x, 1, d)
+            self.norm(ends.y, 1, d)
 
     def attention(self, a: Attention) -> None:
         m = self.m

@@ -10,6 +10,7 @@ from megnorm.layers.cache import Cache
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Context, Env
 from megnorm.layers.rope import token_positions
+from megnorm.layers.streams import shape_of
 from megnorm.models.config import ModelConfig
 from megnorm.models.stack import Stack
 from megnorm.norms.resolve import Resolved
@@ -34,7 +35,7 @@ class EncoderDecoder(nn.Module):
     """An encoder-decoder, or the stage of one: the layers [first, last), the encoder's counted before the decoder's.
 
     Stages of the encoder hand on the stream [s, b, d], the last of them the encoder's output; stages of the decoder hand
-    on that output and their stream, one behind the other: [s + t, b, d].
+    on that output and their stream, one behind the other: [s + t, b, d], with two streams [s + 2 t, b, d].
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         assert resolved.encoder is not None, "the scheme of an encoder-decoder is resolved for both stacks"
         n = cfg.source_layers
-        self.cfg, self.env = cfg, env
+        self.cfg, self.env, self.streams = cfg, env, resolved.streams
         self.begin, self.end = layers or (0, n + cfg.layers)
         self.first, self.last = self.begin == 0, self.end == n + cfg.layers
         self.has_encoder, self.starts, self.has_decoder = self.begin < n, self.begin <= n < self.end, self.end > n
@@ -87,9 +88,11 @@ class EncoderDecoder(nn.Module):
     def edge(self, batch: Pairs, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
         """What stages exchange for a micro-batch: see the class; lengths are divided by tp with sequence parallelism."""
         s, b = batch.source.shape
-        border = self.begin if into else self.end
-        length = s if border <= self.cfg.source_layers else s + len(batch.tokens)
-        return (length // self.env.mesh.sp.size, b, self.cfg.width), self.env.compute or self.env.dtype
+        border, n, dtype = self.begin if into else self.end, self.cfg.source_layers, self.env.compute or self.env.dtype
+        if border < n:
+            return shape_of(s // self.env.mesh.sp.size, b, self.cfg.width, self.streams), dtype
+        length = s if border == n else s + len(batch.tokens) * (1 if self.streams is None else 2)
+        return (length // self.env.mesh.sp.size, b, self.cfg.width), dtype
 
     def states(self, batch: Pairs, carry: Tensor | None = None) -> Tensor:
         """What this stage hands on; behind the last one what the head reads."""
@@ -99,11 +102,14 @@ class EncoderDecoder(nn.Module):
         elif carry is not None and self.begin > self.cfg.source_layers:
             length = len(batch.source) // self.env.mesh.sp.size
             memory, x = carry[:length], carry[length:]
+            x = x if self.streams is None else x.unflatten(0, (2, -1))
         assert memory is not None
         if not self.has_decoder:
             return memory
         x = self.decode(batch.tokens, memory, batch.real, x)
-        return x if self.last else torch.cat([memory, x])
+        if self.last:
+            return x
+        return torch.cat([memory, x if self.streams is None else x.flatten(0, 1)])
 
     def encode(self, source: Tensor, real: Tensor | None, carry: Tensor | None = None) -> Tensor:
         """source [s, b] -> the encoder's stream behind this stage. carry: of the stage before."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megnorm.layers.embedding import Embedding, Head, TokenEmbedding, full_logits
 from megnorm.layers.env import Env
 from megnorm.layers.rope import token_positions
+from megnorm.layers.streams import shape_of
 from megnorm.layers.transform import HeadTransform
 from megnorm.models.causal import Tokens
 from megnorm.models.config import ModelConfig
@@ -27,7 +28,8 @@ class MaskedTokens(Tokens):
 def stream_edge(stack: Stack, batch: Tokens) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of an encoder's residual stream."""
     s, b = batch.tokens.shape
-    return (s // stack.env.mesh.sp.size, b, stack.cfg.width), stack.env.compute or stack.env.dtype
+    shape = shape_of(s // stack.env.mesh.sp.size, b, stack.cfg.width, stack.streams)
+    return shape, stack.env.compute or stack.env.dtype
 
 
 def encode(stack: Stack, batch: MaskedTokens, carry: Tensor | None) -> Tensor:

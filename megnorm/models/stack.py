@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from megnorm.layers import streams
 from megnorm.layers.attention import padding_mask
 from megnorm.layers.block import Block, run_blocks
 from megnorm.layers.embedding import Embedding
@@ -36,7 +37,7 @@ class Stack(nn.Module):
         cross: bool = False,
     ) -> None:
         super().__init__()
-        self.cfg, self.env, self.causal = cfg, env, causal
+        self.cfg, self.env, self.causal, self.streams = cfg, env, causal, resolved.streams
         begin, end = layers
         self.begins, self.ends = begin == 0, end == len(resolved.layers)
         if embed is not None:
@@ -51,6 +52,7 @@ class Stack(nn.Module):
         }
         self.blocks = nn.ModuleDict(made)
         if self.ends:
+            self.joined = streams.end(resolved.streams, cfg.width, env)
             self.final_norm = norm_or_identity(resolved.final, "final", 1, cfg.width, env)
 
     def units(self) -> list[nn.Module]:
@@ -59,13 +61,15 @@ class Stack(nn.Module):
             *([self.embed] if self.begins else []),
             *([self.relative] if self.relative is not None else []),
             *self.blocks.values(),
-            *([self.final_norm] if self.ends else []),
+            *([self.joined, self.final_norm] if self.ends else []),
         ]
 
     def start(self, tokens: Tensor, where: Tensor, real: Tensor | None, segments: Tensor | None = None) -> Tensor:
         """The embedding of tokens [s, b] at positions [s] or [s, b]; zero where there is no real token."""
         x: Tensor = self.embed(tokens, where, segments)
-        return x if real is None else x * slice_sequence(real, self.env.mesh.sp)[..., None].to(x.dtype)
+        if real is not None:
+            x = x * slice_sequence(real, self.env.mesh.sp)[..., None].to(x.dtype)
+        return streams.begin(x, self.streams)
 
     def run(self, x: Tensor, where: Tensor, real: Tensor | None, context: Context | None = None) -> Tensor:
         """Layers, and the final norm: [s, b, d] -> same ([s/tp, b, d] with sequence parallelism).
@@ -83,4 +87,4 @@ class Stack(nn.Module):
             context, rope=rope, window_rope=window_rope, mask=mask, bias=bias, causal=self.causal and not alone
         )
         x = run_blocks(list(self.blocks.values()), x, context, self.env)
-        return self.final_norm(x) if self.ends else x
+        return self.final_norm(self.joined(x)) if self.ends else x

@@ -12,9 +12,10 @@ from html import escape
 from megnorm.norms.resolve import Resolved
 from megnorm.norms.scheme import Attention, Norm, Scale, SubLayer
 from megnorm.norms.show import Group, groups, span
-from megnorm.norms.table import norms, sublayers
+from megnorm.norms.table import norms, outside, sublayers
 
 STREAM, BRANCH, PANEL = 96.0, 262.0, 440.0
+SECOND = 26.0  # the second stream, or what else passes by on the left
 HEADS = {"q": BRANCH - 66, "k": BRANCH, "v": BRANCH + 66}
 STEP, BOX = 36.0, 22.0
 KINDS = {"layernorm": "LN", "rmsnorm": "RMS", "l2": "L2", "scalenorm": "Scale", "dyt": "DyT", "derf": "Derf"}
@@ -109,7 +110,7 @@ def _place(panel: Panel, x: float, y: float = 0.0) -> str:
 
 
 def _kinds(resolved: Resolved) -> Iterator[str]:
-    yield from (str(norm.kind) for norm in (resolved.embedding, resolved.final) if norm is not None)
+    yield from (str(norm.kind) for _, norm in outside(resolved))
     for layer in resolved.layers:
         for _, sub in sublayers(layer):
             yield from (str(norm.kind) for _, norm in norms(sub))
@@ -121,6 +122,10 @@ def _stack(resolved: Resolved, mixed: bool) -> Panel:
     boxes = [("embedding", "matrix")]
     boxes += [(panel.name(resolved.embedding), "norm")] if resolved.embedding is not None else []
     boxes += [(group.title, "layers") for group in groups(resolved)]
+    ends = resolved.streams
+    for name, norm in (("X", ends.x), ("Y", ends.y)) if ends is not None else ():
+        boxes += [(f"{name}: {panel.name(norm)}", "norm")] if norm is not None else []
+    boxes += [("X + Y", "add")] if ends is not None else []
     boxes += [(panel.name(resolved.final), "norm")] if resolved.final is not None else []
     boxes += [("head", "matrix")]
     for i, (words, kind) in enumerate(boxes):
@@ -156,6 +161,10 @@ def _sublayer(panel: Panel, name: str, subs: Sequence[SubLayer], layer_start: fl
         panel.wire((STREAM, begin + 8), (STREAM, begin - STEP))
         _norm(panel, STREAM, begin - 22, [s.input for s in subs], "right")
         panel.y = begin - STEP - 4
+    if sub.second is not None and sub.second.start is not None:
+        panel.wire((STREAM, begin + 8), (STREAM, begin - STEP))
+        _norm(panel, STREAM, begin - 22, [s.second.start for s in subs if s.second is not None], "right")
+        panel.y = begin - STEP - 4
     tap = panel.y - 6
     panel.dot(STREAM, tap)
     _branch(panel, name, subs, tap)
@@ -169,7 +178,12 @@ def _sublayer(panel: Panel, name: str, subs: Sequence[SubLayer], layer_start: fl
     if sub.residual.layer_input:
         low = layer_start - 2
         panel.dot(STREAM, low)
-        panel.wire((STREAM, low), (26, low), (26, join), (STREAM - 10, join), arrow=True, extra=True)
+        panel.wire((STREAM, low), (SECOND, low), (SECOND, join), (STREAM - 10, join), arrow=True, extra=True)
+    if sub.second is not None:
+        panel.wire((STREAM - 10, join), (SECOND, join), arrow=True, extra=True)
+        panel.wire((SECOND, begin + 8), (SECOND, join - 10), extra=True)
+        write = _span([s.second.write for s in subs if s.second is not None])
+        panel.text(SECOND + 4, join + 12, f"Y + {write}" if write != "1" else "Y", "small left quiet")
     panel.add(join)
     panel.y = join - 10
     if gated == "stream":
@@ -190,6 +204,8 @@ def _branch(panel: Panel, name: str, subs: Sequence[SubLayer], tap: float) -> No
     panel.y = tap - 14
     bottom = panel.y + 8
     panel.wire((STREAM, tap), (BRANCH, tap), (BRANCH, panel.y))
+    if sub.second is not None and sub.second.read is not None:
+        _read(panel, subs)
     if sub.input is not None and sub.residual.source == "stream":
         _step(panel, lambda y: _norm(panel, BRANCH, y, [s.input for s in subs], "left"))
     (_attention if isinstance(sub, Attention) else _ffn)(panel, subs)
@@ -199,6 +215,20 @@ def _branch(panel: Panel, name: str, subs: Sequence[SubLayer], tap: float) -> No
     words = _factor_words([s.residual.branch for s in subs])
     if words:
         _step(panel, lambda y: panel.factor(BRANCH, y, words, "left"))
+
+
+def _read(panel: Panel, subs: Sequence[SubLayer]) -> None:
+    """What the branch reads: X, with a factor or none, and the norm of the second stream."""
+    seconds = [s.second for s in subs if s.second is not None]
+    words = _factor_words([second.share for second in seconds])
+    if words:
+        _step(panel, lambda y: panel.factor(BRANCH, y, words, "left"))
+
+    def place(y: float) -> None:
+        panel.wire((SECOND, y), (BRANCH - 42, y), arrow=True, extra=True)
+        _norm(panel, BRANCH, y, [second.read for second in seconds], "left")
+
+    _step(panel, place)
 
 
 def _step(panel: Panel, place: Callable[[float], None]) -> None:

@@ -22,6 +22,8 @@ from megnorm.norms.scheme import (
     Scale,
     Scheme,
     SchemeError,
+    Second,
+    Streams,
     Where,
     evaluate,
 )
@@ -33,7 +35,7 @@ class Resolved:
 
     layers[i] is the layer with global 0-based index i. gains[i] maps a role to the gain of its initial weights there;
     roles without an entry have gain 1. distribution None: the user's (ModelConfig.init). encoder: of an encoder-decoder,
-    whose decoder all else describes.
+    whose decoder all else describes. streams: the ends of two streams; None: there is one.
     """
 
     scheme: str
@@ -43,6 +45,7 @@ class Resolved:
     distribution: str | None
     gains: tuple[Mapping[str, float], ...]
     encoder: "Resolved | None" = None
+    streams: Streams | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; ``from_json`` reads it back."""
@@ -88,6 +91,7 @@ def resolve(
             {r: evaluate(g, depth, f"{scheme.name}: init.gain.{r}") for r, g in scheme.init.gain.items()}
             for depth in depths
         ),
+        streams=_numbers(scheme.streams, depths[0], config, f"{scheme.name}: streams"),
     )
 
 
@@ -113,8 +117,19 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
         residual = dict(value["residual"])
         residual["skip"], residual["branch"] = Scale(**residual["skip"]), Scale(**residual["branch"])
         residual["gate"] = Gate(**residual["gate"]) if residual.get("gate") else None  # older files have none
-        rest = {k: norm(v) if isinstance(v, Mapping) else v for k, v in value.items() if k != "residual"}
-        return cls(**rest, residual=Residual(**residual))
+        rest = {
+            k: norm(v) if isinstance(v, Mapping) else v for k, v in value.items() if k not in ("residual", "second")
+        }
+        return cls(**rest, residual=Residual(**residual), second=second(value.get("second")))
+
+    def second(value: Mapping[str, Any] | None) -> Second | None:
+        if value is None:
+            return None
+        norms = {"start": norm(value["start"]), "read": norm(value["read"])}
+        return Second(**norms, share=Scale(**value["share"]), write=value["write"])
+
+    def streams(value: Mapping[str, Any] | None) -> Streams | None:
+        return None if value is None else Streams(value["entry"], norm(value["x"]), norm(value["y"]))
 
     layers = tuple(
         Layer(
@@ -132,6 +147,7 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
         data["distribution"],
         tuple(dict(gain) for gain in data["gains"]),
         from_json(data["encoder"]) if data.get("encoder") else None,
+        streams(data.get("streams")),
     )
 
 
@@ -197,7 +213,8 @@ def _fill(norm: Norm, config: NormConfig) -> Norm:
 _TYPES: dict[str, type] = {
     "layer": Layer, "attention": Attention, "cross_attention": Attention, "ffn": FFN, "residual": Residual,
     "skip": Scale, "branch": Scale, "gate": Gate, "init": Init, "input": Norm, "output": Norm, "post": Norm, "q": Norm,
-    "k": Norm, "v": Norm, "context": Norm, "inner": Norm, "embedding": Norm, "final": Norm,
+    "k": Norm, "v": Norm, "context": Norm, "inner": Norm, "embedding": Norm, "final": Norm, "second": Second, "start": Norm,
+    "read": Norm, "share": Scale, "streams": Streams, "x": Norm, "y": Norm,
 }  # fmt: skip
 
 

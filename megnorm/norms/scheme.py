@@ -11,10 +11,11 @@ An absent norm is the identity. Inside ``F`` further norms may stand: ``q``, ``k
 ``inner`` (before W_down). Nothing here is a tensor and nothing here runs: ``norms/resolve.py`` turns the formulas into
 numbers, ``layers/sublayer.py`` reads the numbers. Only the standard library is imported.
 
-Room for what is not here yet, each by a field whose default leaves today's schemes as they are. Several streams:
-``Residual.rule`` names another rule of ``layers/residual.py`` ("dual", "hyper", ...), and Scheme gets the streams'
-count, entry and exit. Mixing by token: a rule with parameters of its own. A projection of weights after each step: a field
-of Init, by role.
+Two streams X and Y (``Second``, ``Streams``): X is the stream above, Y gathers what branches say and may be read with it.
+
+Room for what is not here yet, each by a field whose default leaves today's schemes as they are. More streams, mixed by token
+(hyper-connections): ``Residual.rule`` names another rule of ``layers/residual.py``, with parameters of its own. A projection of
+weights after each step: a field of Init, by role.
 """
 
 import math
@@ -115,13 +116,38 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Second:
+    """What a sub-layer does with a second stream Y beside the first one, X (ResiDual, SiameseNorm).
+
+    X becomes start(X) before anything else. F reads share * X + read(Y); without ``read`` X alone. Then Y' = Y + write * y with
+    the same y = output(F(u)) that the residual takes, and X' is the residual's, post norm and all.
+    """
+
+    start: Norm | None = None
+    read: Norm | None = None
+    share: Scale = Scale()
+    write: Formula = 1.0
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The ends of two streams: X begins as the embedding and Y as ``entry`` times it; behind the last layer x(X) + y(Y) goes
+    to the final norm. An absent norm is the identity."""
+
+    entry: Formula = 1.0
+    x: Norm | None = None
+    y: Norm | None = None
+
+
+@dataclass(frozen=True)
 class SubLayer:
-    """The norm sites around a branch, and how the branch returns to the stream."""
+    """The norm sites around a branch, and how the branch returns to the stream. second: with a second stream."""
 
     input: Norm | None = None
     output: Norm | None = None
     post: Norm | None = None
     residual: Residual = Residual()
+    second: Second | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +227,8 @@ class Init:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A normalization scheme, complete: one layer, exceptions by depth, the norms outside blocks, initialization."""
+    """A normalization scheme, complete: one layer, exceptions by depth, the norms outside blocks, initialization; where there
+    are two streams, their ends."""
 
     name: str
     paper: str
@@ -211,6 +238,7 @@ class Scheme:
     embedding: Norm | None = None
     final: Norm | None = None
     init: Init = Init()
+    streams: Streams | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -244,6 +272,13 @@ def check(scheme: Scheme) -> None:
         layers.append((f"overrides[{i}]", layer))
     for path, layer in layers:
         _check_layer(f"{scheme.name}: {path}", layer)
+        for sub in (layer.attention, layer.cross_attention, layer.ffn):
+            if sub is not None and (sub.second is None) != (scheme.streams is None):
+                raise SchemeError(
+                    f"{scheme.name}: {path}: two streams are declared by streams, and by second in every sub-layer"
+                )
+    for end in ("x", "y"):
+        _check_norm(f"{scheme.name}: streams.{end}", getattr(scheme.streams, end, None), ("width",))
     for part in ("embedding", "final"):
         _check_norm(f"{scheme.name}: {part}", getattr(scheme, part), ("width",))
     for role in scheme.init.gain:
@@ -277,7 +312,10 @@ def _formulas(value: Any, path: str) -> Iterator[tuple[str, Formula]]:
         names: tuple[str, ...] = ("alpha", "weight_init", "scale") if isinstance(value, Norm) else ("value",)
         names += ("warmup",) if isinstance(value, Scale) else ()
         yield from ((f"{path}.{n}", getattr(value, n)) for n in names if getattr(value, n) is not None)
-    elif isinstance(value, Scheme | Layer | SubLayer | Residual | Init):
+    if isinstance(value, Second | Streams):
+        number = "write" if isinstance(value, Second) else "entry"
+        yield f"{path}.{number}", getattr(value, number)
+    if isinstance(value, Scheme | Layer | SubLayer | Residual | Second | Streams | Init):
         start = f"{path}: " if isinstance(value, Scheme) else f"{path}."
         for item in fields(value):
             yield from _formulas(getattr(value, item.name), start + item.name)
@@ -337,10 +375,11 @@ def _check_sublayer(path: str, sub: SubLayer) -> None:
     for name in ("skip", "branch"):
         _check_scale(f"{path}.residual.{name}", getattr(residual, name))
     _check_gate(f"{path}.residual.gate", residual.gate, sub)
+    _check_second(f"{path}.second", sub.second, residual)
     if isinstance(sub, Attention) and sub.head_scale not in (None, "pre_projection", "post_projection"):
         raise SchemeError(f"{path}.head_scale: '{sub.head_scale}' is neither 'pre_projection' nor 'post_projection'")
     for item in fields(sub):
-        if item.name not in ("residual", "head_scale"):
+        if item.name not in ("residual", "head_scale", "second"):
             sites = ("width", "head") if item.name in ("q", "k", "v", "context") else ("width",)
             _check_norm(f"{path}.{item.name}", getattr(sub, item.name), sites)
 
@@ -356,6 +395,24 @@ def _check_scale(path: str, scale: Scale) -> None:
         raise SchemeError(f"{path}.warmup: a learned factor moves by itself; leave learned or warmup out")
     if scale.shared and scale.learned is None:
         raise SchemeError(f"{path}.shared: a constant has nothing to share; set learned, or leave shared out")
+
+
+def _check_second(path: str, second: Second | None, residual: Residual) -> None:
+    if second is None:
+        return
+    if not isinstance(second, Second):
+        raise SchemeError(f"{path}: give Second(...) or None, in YAML {{write: ...}} or null, not {second!r}")
+    if residual.source != "stream" or residual.layer_input:
+        raise SchemeError(
+            f"{path}: beside a second stream the residual adds to the first; leave source and layer_input"
+        )
+    _check_norm(f"{path}.start", second.start, ("width",))
+    _check_norm(f"{path}.read", second.read, ("width",))
+    _check_scale(f"{path}.share", second.share)
+    if second.share != Scale() and second.read is None:
+        raise SchemeError(f"{path}.share: F reads the first stream alone; give read, or leave share out")
+    if second.share.shared or second.share.warmup != 0.0:
+        raise SchemeError(f"{path}.share: it is this sub-layer's own and does not grow; leave shared and warmup out")
 
 
 def _check_gate(path: str, gate: Gate | None, sub: SubLayer) -> None:

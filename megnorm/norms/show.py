@@ -61,6 +61,11 @@ def describe(scheme: Scheme, resolved: Resolved) -> Iterator[str]:
             subs = [sublayers(layer)[i][1] for layer in group.layers]
             words = list(_sites(subs)) + list(_residual(subs))
             yield f"    {name:<10}" + ("; ".join(words) or "no norm, x + F(x)")
+    if resolved.streams is not None:
+        ends = resolved.streams
+        yield f"  streams     two; the second begins as {span([ends.entry])} of the embedding; they end in a sum of"
+        yield f"    first     {_outside(ends.x)}"
+        yield f"    second    {_outside(ends.y)}"
     yield f"  final       {_outside(resolved.final)}"
     yield from _initialization(resolved)
 
@@ -102,6 +107,10 @@ def _residual(subs: Sequence[Any]) -> Iterator[str]:
         yield f"gate on the {gate.on} from {span([sub.residual.gate.value for sub in subs])}{shared}"
     if subs[0].residual.source == "input":
         yield "adds to the input norm's output"
+    second = subs[0].second
+    if second is not None:
+        read = "" if second.read is None else ", read with the first"
+        yield f"second stream: adds {span([sub.second.write for sub in subs])} of the branch{read}"
     if subs[0].residual.layer_input:
         yield "adds the layer's input"
 

@@ -106,19 +106,30 @@ def sublayers(layer: Layer) -> tuple[tuple[str, SubLayer], ...]:
     return ("attention", layer.attention), ("ffn", layer.ffn)
 
 
-SITES = ("input", "q", "k", "v", "context", "inner", "output", "post")
+SITES = ("start", "read", "input", "q", "k", "v", "context", "inner", "output", "post")
 
 
 def norms(sub: SubLayer) -> Iterator[tuple[str, Norm]]:
     """The norms of a sub-layer with their sites, in the order in which data meets them."""
     for site in SITES:
-        norm = getattr(sub, site, None)
+        norm = getattr(sub.second if site in ("start", "read") else sub, site, None)
+        if norm is not None:
+            yield site, norm
+
+
+def outside(resolved: Resolved) -> Iterator[tuple[str, Norm]]:
+    """The norms outside layers, with their sites."""
+    streams = resolved.streams
+    ends = () if streams is None else (("x", streams.x), ("y", streams.y))
+    for site, norm in (("embedding", resolved.embedding), *ends, ("final", resolved.final)):
         if norm is not None:
             yield site, norm
 
 
 def scales(sub: SubLayer) -> tuple[tuple[str, Scale], ...]:
-    return ("skip", sub.residual.skip), ("branch", sub.residual.branch)
+    """The factors of a sub-layer, by name."""
+    own = () if sub.second is None else (("share", sub.second.share),)
+    return ("skip", sub.residual.skip), ("branch", sub.residual.branch), *own
 
 
 def _features(site: str) -> str:
@@ -169,12 +180,14 @@ def _norm_flops(norm: Norm) -> int:
 
 def flops(resolved: Resolved, sizes: Sizes) -> int:
     """Floating-point operations of norms, scales and extra adds for one token."""
-    total = sum(_norm_flops(norm) * sizes.width for norm in (resolved.embedding, resolved.final) if norm is not None)
+    total = sum(_norm_flops(norm) * sizes.width for _, norm in outside(resolved))
+    total += sizes.width * (resolved.streams is not None)
     for layer in resolved.layers:
         for _, sub in sublayers(layer):
             total += sum(_norm_flops(norm) * _number(_features(site), sizes) for site, norm in norms(sub))
             total += sizes.width * sum(scale != Scale() for _, scale in scales(sub))
             total += 2 * sizes.width * (sub.residual.gate is not None)
+            total += _second(sub, sizes, 1)
             total += sizes.width * sub.residual.layer_input + _head_scale(sub, sizes)
     return total
 
@@ -184,13 +197,20 @@ def elements_moved(resolved: Resolved, sizes: Sizes) -> int:
 
     Factors on skip and branch ride on the residual add and move nothing.
     """
-    total = sum(2 * sizes.width for norm in (resolved.embedding, resolved.final) if norm is not None)
+    total = sum(2 * sizes.width for _ in outside(resolved))
+    total += 2 * sizes.width * (resolved.streams is not None)
     for layer in resolved.layers:
         for _, sub in sublayers(layer):
             total += sum(2 * _number(_features(site), sizes) for site, _ in norms(sub))
             total += sizes.width * sub.residual.layer_input + 2 * _head_scale(sub, sizes)
             total += 2 * sizes.width * (sub.residual.gate is not None)
+            total += _second(sub, sizes, 3)
     return total
+
+
+def _second(sub: SubLayer, sizes: Sizes, each: int) -> int:
+    """Of adding to a second stream, and of adding it to what F reads; each: for one feature."""
+    return 0 if sub.second is None else each * sizes.width * (1 + (sub.second.read is not None))
 
 
 def _head_scale(sub: SubLayer, sizes: Sizes) -> int:

@@ -14,7 +14,7 @@ from megnorm.norms.config import NormConfig
 from megnorm.norms.draw import draw
 from megnorm.norms.resolve import resolve
 from megnorm.norms.show import groups
-from megnorm.norms.table import formula, norms, parameters, rows, sublayers
+from megnorm.norms.table import formula, norms, outside, parameters, rows, scales, sublayers
 from megnorm.parallel.layout import named_matrices
 from tests.marks import thinned
 
@@ -102,13 +102,14 @@ def test_drawings_show_every_norm_and_factor(name: str) -> None:
     root = ET.fromstring(draw(resolved))
     classes = [element.get("class", "") for element in root.iter()]
     shown = [sub for group in groups(resolved) for _, sub in sublayers(group.layers[-1])]
-    outside = (resolved.embedding is not None) + (resolved.final is not None)
-    assert classes.count("norm") == outside + sum(len(list(norms(sub))) for sub in shown)
-    assert classes.count("wire extra") == sum(sub.residual.layer_input for sub in shown)
+    assert classes.count("norm") == len(list(outside(resolved))) + sum(len(list(norms(sub))) for sub in shown)
+    assert classes.count("wire extra") == sum(
+        sub.residual.layer_input + (0 if sub.second is None else 2 + (sub.second.read is not None)) for sub in shown
+    )
     factors = sum(
         scale.learned is not None or scale.value != 1.0 or scale.warmup != 0.0
         for sub in shown
-        for scale in (sub.residual.skip, sub.residual.branch)
+        for _, scale in scales(sub)
     ) + sum((getattr(sub, "head_scale", None) is not None) + (sub.residual.gate is not None) for sub in shown)
     assert classes.count("scale") == factors
     left, low, width, high = map(float, root.get("viewBox", "").split())

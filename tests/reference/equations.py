@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from tests.reference.model import Model, Tensor
 
 Block = Callable[..., Tensor]
@@ -331,13 +333,56 @@ def branchnorm(m: Model, x: Tensor, steps: int = 4000) -> Tensor:
     return m.N("ffn.post_norm", x + g * m.F(x))
 
 
+@scheme(final=False)
+def resi_dual(m: Model, x: Tensor, scale: float = 1.0) -> Tensor:
+    x, y = x.chunk(2, -1)
+    o = m.A(x)
+    x, y = m.N("attention.post_norm", x + o), y + scale * o
+    o = m.F(x)
+    return join(m.N("ffn.post_norm", x + o), y + scale * o)
+
+
+@scheme(final=True)
+def siamese(m: Model, x: Tensor) -> Tensor:
+    x, y = x.chunk(2, -1)
+    for f, body in (("attention", m.A), ("ffn", m.F)):
+        x = m.N(f"{f}.second.start_norm", x)
+        o = body(m.N(f"{f}.input_norm", x + m.N(f"{f}.second.read_norm", y)))
+        x, y = x + o / math.sqrt(2 * m.l), y + o
+    return join(x, y)
+
+
+@scheme(final=True)
+def siamese_hybrid(m: Model, x: Tensor) -> Tensor:
+    x, y = x.chunk(2, -1)
+    z = m.p("attention.second.share") * x + m.N("attention.second.read_norm", y)
+    o = m.A(z, heads="qkv")
+    x, y = x + o / math.sqrt(2 * m.l), y + o
+    x = m.N("ffn.second.start_norm", x)
+    o = m.F(m.N("ffn.input_norm", x + m.N("ffn.second.read_norm", y)))
+    return join(x + o / math.sqrt(2 * m.l), y + o)
+
+
+def join(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x, y], -1)
+
+
+TWO = {"resi_dual": False, "siamese": True, "siamese_hybrid": True}
+"""Schemes of two streams, side by side in the last dimension: whether the first is normalized behind the layers too."""
+
+
 def reference_forward(name: str, model: Model, tokens: Tensor, **options: Any) -> Tensor:
     """tokens [b, s] -> logits [b, s, v] of scheme ``name`` with these options, by its equations."""
     embedding, final = OUTSIDE[name](**options)
     x = model.embed(tokens)
     x = model.norm("embed.norm", x) if embedding else x
+    if name in TWO:
+        x = join(x, options.get("scale", 1.0) * x)
     for layer in range(1, model.L + 1):
         model.l = layer
         x = BLOCKS[name](model, x, **options)
+    if name in TWO:
+        x, y = x.chunk(2, -1)
+        x = (model.norm("joined.x_norm", x) if TWO[name] else x) + model.norm("joined.y_norm", y)
     x = model.norm("final_norm", x) if final else x
     return model.head(x)

@@ -49,6 +49,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("gpas", {"shared": False}),
     ("prores", {"host": "deepnorm_llama", "steps": 300}),
     ("branchnorm", {"steps": 600}),
+    ("resi_dual", {"scale": 0.05}),
     ("gpas", {"host": "postln"}),
     ("gpas", {"host": "deepnorm_llama", "shared": False}),
 ]

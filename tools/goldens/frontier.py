@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goldens import llama, xtransformers
+from goldens import llama, siamese, xtransformers
 from goldens.case import FRONTIER, Case, NotCovered, take
 
 LOSS = "mean cross entropy of logits[:, :-1] against input_ids[:, 1:]"
@@ -24,7 +24,9 @@ def case(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
     if "norm_type" in data:
         model, rename = llama.model(data, params), llama.renaming(data)
     elif "num_tokens" in data["config"]:
-        model, rename = xtransformers.model(data, params), xtransformers.rename
+        model, rename = xtransformers.model(data, params), xtransformers.renaming(data)
+    elif "attn_residual_after_norm" in data["config"]:
+        model, rename = siamese.model(data, params), siamese.rename
     else:
         raise ValueError("config: neither a Llama form (norm_type) nor x-transformers (config.num_tokens)")
     frozen = set(data.get("params_without_grad", ()))
@@ -55,13 +57,11 @@ def case(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
 
 def _refuse(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     config = data["config"]
-    if "streams" in config or config.get("resi_dual") or any(_second_stream(name) for name in tensors):
-        raise NotCovered("several streams")
+    if "patch" in config:
+        raise NotCovered("a vision model")
+    if "streams" in config:
+        raise NotCovered("streams mixed by token")
     if "base_scale" in config and "param.sz" in tensors:
         raise NotCovered("weights projected after each step")
     if config.get("add_value_residual"):
         raise NotCovered("value residual")
-
-
-def _second_stream(name: str) -> bool:
-    return name.startswith(("hidden_x.", "hidden_y.", "streams.")) or "_y_norm." in name or ".ln_y_f." in name

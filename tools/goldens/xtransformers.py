@@ -1,7 +1,8 @@
 """x-transformers in the frontier format: no positions, a bias on the GLU projection only, norms without eps."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ KNOWN = {
     "dim", "depth", "heads", "attn_dim_head", "ff_glu", "ff_swish", "ff_no_bias", "ff_mult", "attn_flash", "num_tokens",
     "position", "mlp", "norm_add_unit_offset", "pre_norm", "pre_and_post_norm", "sandwich_norm", "scale_residual",
     "scale_residual_constant", "use_layerscale", "layerscale_init_value", "attn_qk_norm", "attn_qk_norm_scale",
-    "attn_qk_norm_dim_scale", "attn_value_rmsnorm", *KINDS,
+    "attn_qk_norm_dim_scale", "attn_value_rmsnorm", "resi_dual", "resi_dual_scale", *KINDS,
 }  # fmt: skip
 NORMS = {"0": "input_norm", "1": "output_norm", "2": "post_norm"}
 LEAVES = {
@@ -80,7 +81,9 @@ def _norm(config: Mapping[str, Any], final: bool) -> NormConfig:
     if len(kinds) > 1:
         raise ValueError(f"config: more than one kind of norm ({', '.join(k for k in KINDS if config.get(k))})")
     kind, gain = kinds[0] if kinds else ("layernorm", "vector")
-    norm = with_ends(_scheme(config), embedding=False, final=final)
+    scheme = _scheme(config)
+    # ResiDual's norm of that name is the second stream's.
+    norm = with_ends(scheme, embedding=False, final=final and not config.get("resi_dual"))
     if kind == "layernorm":
         return with_defaults(norm, kind=kind, bias=False, eps=1e-5)
     return with_defaults(norm, kind=kind, gain=gain, eps=0.0)
@@ -96,6 +99,9 @@ def _scheme(config: Mapping[str, Any]) -> NormConfig:
     if constant != 1.0:
         change = {"residual": {"skip": {"value": constant}}}
         added.append((None, {"attention": change, "ffn": change}))
+    if config.get("resi_dual"):
+        scale = float(config.get("resi_dual_scale", 1.0))
+        return NormConfig("resi_dual", {} if scale == 1.0 else {"scale": scale}, _merge(added))
     if config.get("sandwich_norm"):
         return NormConfig("sandwich", patch=_merge(added))
     if config.get("pre_norm", True) is False:
@@ -149,13 +155,18 @@ def _merge(added: list[Added]) -> dict[str, Any]:
     return {"all_layers": merged} if merged else {}
 
 
-def rename(name: str) -> list[Renamed]:
+def renaming(data: Mapping[str, Any]) -> Callable[[str], list[Renamed]]:
+    """Reference name -> canonical names. ResiDual's norm behind the layers is the second stream's."""
+    return partial(rename, final="joined.y_norm" if data["config"].get("resi_dual") else "final_norm")
+
+
+def rename(name: str, final: str = "final_norm") -> list[Renamed]:
     """Reference name -> canonical names. Module 2i is the attention of layer i, 2i + 1 its feed-forward."""
     if name in OUTSIDE:
         return [Renamed(OUTSIDE[name])]
-    final = re.fullmatch(r"attn_layers\.final_norm\.(\w+)", name)
-    if final and final.group(1) in LEAVES:
-        return [_leaf("final_norm", final.group(1))]
+    last = re.fullmatch(r"attn_layers\.final_norm\.(\w+)", name)
+    if last and last.group(1) in LEAVES:
+        return [_leaf(final, last.group(1))]
     match = re.fullmatch(r"attn_layers\.layers\.(\d+)\.(\d)\.(.+)", name)
     if match is not None:
         module, slot, rest = int(match.group(1)), match.group(2), match.group(3)

@@ -55,7 +55,13 @@ class Pattern:
                     if norm is not None and norm.over != over:
                         return f"{name}: the class normalizes over {over}, the model over {norm.over}"
                 residual = sub.residual
-                if residual.rule != "add" or residual.source != "stream" or residual.layer_input or residual.gate:
+                if (
+                    residual.rule != "add"
+                    or residual.source != "stream"
+                    or residual.layer_input
+                    or residual.gate
+                    or sub.second
+                ):
                     return f"blocks.{i}.{part}.residual: the class adds the plain stream"
                 if residual.branch != Scale() or residual.skip.learned is not None:
                     return f"blocks.{i}.{part}.residual: the class has no learned factor there"

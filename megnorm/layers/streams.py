@@ -1,0 +1,63 @@
+"""Two residual streams, X and Y, as one tensor [2, s, b, d]: how they begin, how a sub-layer sees them, how they end."""
+
+import torch
+from torch import Tensor, nn
+
+from megnorm.layers.env import Env
+from megnorm.layers.norm import norm_or_identity
+from megnorm.layers.residual import factor
+from megnorm.norms.scheme import Second, Streams
+
+
+class SecondStream(nn.Module):
+    """A sub-layer's side of the second stream (norms/scheme.py: Second)."""
+
+    def __init__(self, second: Second, width: int, env: Env) -> None:
+        super().__init__()
+        self.start_norm = norm_or_identity(second.start, "start", 1, width, env)
+        self.reads = second.read is not None
+        self.read_norm = norm_or_identity(second.read, "read", 1, width, env)
+        self.share = factor(second.share, width, env)
+        self.write = float(second.write)  # type: ignore[arg-type]
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[2, s, b, d] -> X normalized, Y, and what F reads, [s, b, d] each."""
+        x, y = streams.unbind()
+        x = self.start_norm(x)
+        if not self.reads:
+            return x, y, x
+        share = self.share if isinstance(self.share, Tensor) else None
+        return x, y, (x if share is None else x * share) + self.read_norm(y)
+
+    def join(self, x: Tensor, y: Tensor, branch: Tensor) -> Tensor:
+        """X behind the residual, Y and the branch's output, [s, b, d] each -> [2, s, b, d]."""
+        return torch.stack([x, torch.add(y, branch, alpha=self.write)])
+
+
+class Ends(nn.Module):
+    """Where two streams become one: [2, s, b, d] -> x(X) + y(Y) [s, b, d]."""
+
+    def __init__(self, streams: Streams, width: int, env: Env) -> None:
+        super().__init__()
+        self.x_norm = norm_or_identity(streams.x, "x", 1, width, env)
+        self.y_norm = norm_or_identity(streams.y, "y", 1, width, env)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        x, y = streams.unbind()
+        out: Tensor = self.x_norm(x) + self.y_norm(y)
+        return out
+
+
+def begin(x: Tensor, streams: Streams | None) -> Tensor:
+    """The embedding [s, b, d] as what layers take: itself, or [2, s, b, d]."""
+    return x if streams is None else torch.stack([x, x * float(streams.entry)])  # type: ignore[arg-type]
+
+
+def end(streams: Streams | None, width: int, env: Env) -> nn.Module:
+    """What stands between the last layer and the final norm."""
+    return nn.Identity() if streams is None else Ends(streams, width, env)
+
+
+def shape_of(length: int, batch: int, width: int, streams: Streams | None) -> tuple[int, ...]:
+    """Of what one stage hands to the next."""
+    return (length, batch, width) if streams is None else (2, length, batch, width)
