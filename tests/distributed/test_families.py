@@ -56,6 +56,22 @@ def test_stages_and_what_they_share(ranks: Any, case: dict[str, Any]) -> None:
     check(ranks, case, "fp64", 2)
 
 
+# What their layers and stages have beside the five: a second stream, cross-attention's share of a gate, factors that grow.
+BESIDE = [
+    case("resi_dual", "nmt", "tp2 pp2 interleaved", 0),
+    case("resi_dual", "t5", "pp4", 3),
+    case("siamese", "bert", "tp2 pp2", 1),
+    case("siamese_hybrid", "bart", "tp2 pp2", 2),
+    case("gpas", "nmt", "tp2", 4),
+    case("prores", "t5", "tp2 pp2", 5),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.full, id=named(case)) for case in BESIDE])
+def test_what_schemes_have_beside(ranks: Any, case: dict[str, Any]) -> None:
+    check(ranks, case, "fp64", 3)
+
+
 @pytest.mark.parametrize(
     "case",
     [
