@@ -1,7 +1,8 @@
 """A scheme's wiring as SVG, drawn from its resolved declaration; data flows upwards.
 
 Grey boxes are matrices and attention, blue ones norms, green circles factors. What stands on the left line is done to
-the residual stream itself; what stands in the right column belongs to a branch. Layers wired differently get a panel
+the residual stream itself; what stands in the right column belongs to a branch; a red line is a second stream, or a skip of its
+own. Layers wired differently get a panel
 each.
 """
 
@@ -76,9 +77,9 @@ class Panel:
     def name(self, norm: Norm) -> str:
         return KINDS[str(norm.kind)] if self.mixed else "Norm"
 
-    def add(self, y: float) -> None:
-        self.shapes.append(f'<circle class="add" cx="{STREAM:g}" cy="{y:g}" r="9"/>')
-        self.shapes.append(f'<path class="wire" d="M{STREAM - 5:g} {y:g} h10 M{STREAM:g} {y - 5:g} v10"/>')
+    def add(self, y: float, x: float = STREAM) -> None:
+        self.shapes.append(f'<circle class="add" cx="{x:g}" cy="{y:g}" r="9"/>')
+        self.shapes.append(f'<path class="wire" d="M{x - 5:g} {y:g} h10 M{x:g} {y - 5:g} v10"/>')
 
     def dot(self, x: float, y: float) -> None:
         self.shapes.append(f'<circle class="dot" cx="{x:g}" cy="{y:g}" r="2.6"/>')
@@ -179,11 +180,6 @@ def _sublayer(panel: Panel, name: str, subs: Sequence[SubLayer], layer_start: fl
         low = layer_start - 2
         panel.dot(STREAM, low)
         panel.wire((STREAM, low), (SECOND, low), (SECOND, join), (STREAM - 10, join), arrow=True, extra=True)
-    if sub.second is not None:
-        panel.wire((STREAM - 10, join), (SECOND, join), arrow=True, extra=True)
-        panel.wire((SECOND, begin + 8), (SECOND, join - 10), extra=True)
-        write = _span([s.second.write for s in subs if s.second is not None])
-        panel.text(SECOND + 4, join + 12, f"Y + {write}" if write != "1" else "Y", "small left quiet")
     panel.add(join)
     panel.y = join - 10
     if gated == "stream":
@@ -196,6 +192,8 @@ def _sublayer(panel: Panel, name: str, subs: Sequence[SubLayer], layer_start: fl
         panel.y -= STEP
     panel.wire((STREAM, panel.y), (STREAM, panel.y - 10))
     panel.y -= 10
+    if sub.second is not None:
+        panel.wire((SECOND, begin + 8), (SECOND, panel.y), extra=True)
 
 
 def _branch(panel: Panel, name: str, subs: Sequence[SubLayer], tap: float) -> None:
@@ -212,6 +210,8 @@ def _branch(panel: Panel, name: str, subs: Sequence[SubLayer], tap: float) -> No
     if sub.output is not None:
         _step(panel, lambda y: _norm(panel, BRANCH, y, [s.output for s in subs], "left"))
     _frame(panel, name, bottom, panel.y - 2)
+    if sub.second is not None:
+        _step(panel, lambda y: _write(panel, subs, y))
     words = _factor_words([s.residual.branch for s in subs])
     if words:
         _step(panel, lambda y: panel.factor(BRANCH, y, words, "left"))
@@ -225,10 +225,20 @@ def _read(panel: Panel, subs: Sequence[SubLayer]) -> None:
         _step(panel, lambda y: panel.factor(BRANCH, y, words, "left"))
 
     def place(y: float) -> None:
-        panel.wire((SECOND, y), (BRANCH - 42, y), arrow=True, extra=True)
-        _norm(panel, BRANCH, y, [second.read for second in seconds], "left")
+        panel.wire((SECOND, y), (168, y), arrow=True, extra=True)
+        panel.box(200, y, panel.name(seconds[0].read), "norm", 60)  # type: ignore[arg-type]
+        panel.wire((230, y), (BRANCH - 10, y), arrow=True)
+        panel.add(y, BRANCH)
 
     _step(panel, place)
+
+
+def _write(panel: Panel, subs: Sequence[SubLayer], y: float) -> None:
+    """The branch on its way to the second stream, before the factor that the first one sees."""
+    words = _span([s.second.write for s in subs if s.second is not None])
+    panel.dot(BRANCH, y)
+    panel.wire((BRANCH, y), (SECOND + 1, y), arrow=True, extra=True)
+    panel.text(SECOND - 6, y, f"+ {words if words != '1' else ''}", "small right quiet")
 
 
 def _step(panel: Panel, place: Callable[[float], None]) -> None:
