@@ -38,7 +38,7 @@ def wiring(value: Any) -> Any:
     if isinstance(value, Norm):
         return replace(value, scale=1.0, weight_init=1.0, alpha=None)
     if isinstance(value, Scale):
-        return replace(value, value=1.0)
+        return replace(value, value=1.0, warmup=float(value.warmup != 0.0))
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: wiring(getattr(value, item.name)) for item in fields(value)})
     return value
