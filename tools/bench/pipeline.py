@@ -6,11 +6,11 @@ Idle is what all ranks together do not sleep between the first action's begin an
 of the repetitions), and simulated with actions of that many seconds.
 
 bare: the simulator's, where turns and messages take no time, and the measured one's ratio to it.
-told: the simulator's, where they take what they took here, and the measured one's ratio to that, with the least and the most
-of it. turn us: until a rank begins its next action, when its input is there. hand us: from the end of an action until another
-rank, which waits for its output, begins. What is shown is the median; the simulator draws each turn and each hand by chance
-from all that were measured (the median of 25 times), because where ranks wait for each other the slower of two counts, which
-means do not tell. held: the most activations of a rank, counted and simulated.
+told: the simulator's, where they take what they took in that run, and the measured one's ratio to that (the median of the
+runs, the least and the most). turn us: until a rank begins its next action, when its input is there. hand us: from the end of
+an action until another rank, which waits for its output, begins. Their medians are shown; the simulator draws each turn and
+each hand by chance from all those of the run (the median of 9 times), because where ranks wait for each other the slower of two
+counts, which means do not tell. held: the most activations of a rank, counted and simulated.
 """
 
 import argparse
@@ -177,17 +177,16 @@ def idle_of(timeline: Timeline, seconds: float) -> float:
     return schedule.ranks * timeline.end - seconds * sum(map(len, schedule.actions))
 
 
-def told(schedule: Schedule, runs: Sequence[Run], seconds: float) -> float:
-    """The simulated idle time with turns and hands drawn from those of the runs."""
-    turns, hands = ([one for run in runs for one in found(run)] for found in (lambda r: r.turns, lambda r: r.hands))
+def told(schedule: Schedule, run: Run, seconds: float) -> float:
+    """The simulated idle time with turns and hands drawn from those of the run."""
     chance, found = random.Random(0), []
-    for _ in range(25):
+    for _ in range(9):
         timeline = simulate(
             schedule,
             forward=seconds,
             backward=seconds,
-            turn=lambda _: chance.choice(turns),
-            send=lambda _: chance.choice(hands),
+            turn=lambda _: chance.choice(run.turns),
+            send=lambda _: chance.choice(run.hands),
         )
         found.append(idle_of(timeline, seconds))
     return statistics.median(found)
@@ -196,15 +195,15 @@ def told(schedule: Schedule, runs: Sequence[Run], seconds: float) -> float:
 def line(schedule: Schedule, runs: Sequence[Run], seconds: float) -> str:
     """A row of the table."""
     timeline = simulate(schedule, forward=seconds, backward=seconds)
-    bare, with_times = idle_of(timeline, seconds), told(schedule, runs, seconds)
-    idle = sorted(run.idle for run in runs)
-    middle = statistics.median(idle)
+    bare, middle = idle_of(timeline, seconds), statistics.median(run.idle for run in runs)
+    expected = [told(schedule, run, seconds) for run in runs]
+    ratios = sorted(run.idle / one for run, one in zip(runs, expected, strict=True))
     turn = statistics.median([one for run in runs for one in run.turns])
     hand = statistics.median([one for run in runs for one in run.hands])
     return (
         f"{schedule.name:<14}{schedule.ranks:>5}{schedule.micro_batches:>7}{1e3 * middle:>10.1f}{1e3 * bare:>8.0f}"
-        f"{middle / bare:>8.3f}{1e3 * with_times:>10.1f}{middle / with_times:>8.3f}{idle[0] / with_times:>8.3f}"
-        f"{idle[-1] / with_times:>8.3f}{1e6 * turn:>9.0f}{1e6 * hand:>9.0f}"
+        f"{middle / bare:>8.3f}{1e3 * statistics.median(expected):>10.1f}{statistics.median(ratios):>8.3f}{ratios[0]:>8.3f}"
+        f"{ratios[-1]:>8.3f}{1e6 * turn:>9.0f}{1e6 * hand:>9.0f}"
         f"{max(run.peak for run in runs):>7}{max(timeline.peak):>4}"
     )
 
