@@ -46,7 +46,7 @@ class Add(nn.Module):
         return self._damped(out) if self.gated == "stream" else out
 
     def _damped(self, x: Tensor) -> Tensor:
-        """x - silu(g) * stop_gradient(x) (arXiv:2506.22049, equation 4): the gradient of x passes whole."""
+        """x - silu(g) * stop_gradient(x) (arXiv:2506.22049): the gradient of x passes whole."""
         assert self.gate is not None
         return torch.addcmul(x, x.detach(), functional.silu(self.gate), value=-1.0)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from megnorm.layers.env import Env
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.residual import factor
-from megnorm.norms.scheme import Second, Streams
+from megnorm.norms.scheme import Scale, Second, Streams
 
 
 class SecondStream(nn.Module):
@@ -17,7 +17,8 @@ class SecondStream(nn.Module):
         self.start_norm = norm_or_identity(second.start, "start", 1, width, env)
         self.reads = second.read is not None
         self.read_norm = norm_or_identity(second.read, "read", 1, width, env)
-        self.share = factor(second.share, width, env)
+        self.share: float | nn.Parameter = factor(second.share, width, env)  # type: ignore[assignment]  # it does not grow
+        self.plain = second.share == Scale()
         self.write = float(second.write)  # type: ignore[arg-type]
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,8 +27,7 @@ class SecondStream(nn.Module):
         x = self.start_norm(x)
         if not self.reads:
             return x, y, x
-        share = self.share if isinstance(self.share, Tensor) else None
-        return x, y, (x if share is None else x * share) + self.read_norm(y)
+        return x, y, (x if self.plain else x * self.share) + self.read_norm(y)
 
     def join(self, x: Tensor, y: Tensor, branch: Tensor) -> Tensor:
         """X behind the residual, Y and the branch's output, [s, b, d] each -> [2, s, b, d]."""

@@ -154,6 +154,20 @@ def test_norm_kinds_are_their_equations(name: str, kind: dict[str, Any]) -> None
     compare(NormConfig(name, eps=kind.get("eps", 1e-5), **{k: v for k, v in kind.items() if k != "eps"}), layers=2)
 
 
+def test_a_constant_share_is_that_number() -> None:
+    """The same loss as with a learned one that stands at it."""
+    sizes = {"layers": 2, "width": 32, "heads": 4, "ffn": 40, "vocab_size": 50}
+    tokens = torch.randint(50, (7, 2), generator=torch.Generator().manual_seed(3))
+    losses = []
+    for share in ({"value": 0.5}, {"value": 0.5, "learned": None}, {"value": 1.0}):
+        norm = NormConfig("siamese_hybrid", patch={"layer": {"attention": {"second": {"share": share}}}})
+        model = build_model(ModelConfig(**sizes, norm=norm), Env(dtype=torch.float64), vocab_multiple=1)  # type: ignore[arg-type]
+        loss = model(Tokens(tokens, tokens.roll(-1, 0), torch.ones(7, 2, dtype=torch.float64)))
+        assert isinstance(loss, torch.Tensor)
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12) and losses[0] != pytest.approx(losses[2], rel=1e-9)
+
+
 def test_layernorm_with_biases_everywhere() -> None:
     compare(NormConfig("normformer", kind="layernorm"), layers=2, bias=True, activation="gelu", tied_head=True)
 

@@ -1,4 +1,4 @@
-"""ResiDual: a Post-LN stream, and a second one that gathers the branches as they are (arXiv:2304.14802, section 3.1).
+"""ResiDual: a Post-LN stream, and a second one that gathers the branches as they are (arXiv:2304.14802).
 
 ``X' = N(X + F(X))``, ``Y' = Y + s F(X)`` with Y from s times the embedding; behind the last layer ``X + N(Y)``. The factor s
 (0.05 in the published translation runs) keeps fp16 from overflowing; N takes it out again, but for its eps.
