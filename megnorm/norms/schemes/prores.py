@@ -1,7 +1,7 @@
 """Branches that grow with the optimizer's step t, on another scheme.
 
-    prores       a = min(t / (T l), 1), l the layer's 1-based index: deeper layers join later    arXiv:2603.05369, equations 2 and 3
-    branchnorm   N(x + a F(x)), a = min(t / T, 1), on the way to a plain Post-LN                  arXiv:2305.02790
+    prores       a = min(t / (T l), 1), l the layer's 1-based index: deep layers join late   arXiv:2603.05369, equations 2, 3
+    branchnorm   N(x + a F(x)), a = min(t / T, 1), on the way to a plain Post-LN              arXiv:2305.02790
 
 ProRes multiplies the branch after its output norm, where the host has one; T is 1000 in the paper. Nothing is learned, and
 once all factors are 1 the model is the host's. The published code counts t from 0, so that its first step moves no branch;
