@@ -23,13 +23,15 @@ def rotary_angles(
     rope = config.rope_parameters.get(layer_type, config.rope_parameters)
     step, factor = rotary_step(config, rope, positions, wide(dtype))
     angles = positions[..., None, None].to(step.dtype) * step
-    angles = torch.cat([angles, angles], -1)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    still = config.head_dim // 2 - angles.shape[-1]  # pairs of features that do not turn
+    cos, sin = F.pad(angles.cos() * factor, (0, still), value=1.0), F.pad(angles.sin() * factor, (0, still))
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([sin, sin], -1).to(dtype)
 
 
 def rotary_step(config: MegnormConfig, rope: Spec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The angle of each pair of features at position 1, and the factor on cos and sin."""
-    n, theta, kind, factor = config.head_dim, rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
+    n = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    theta, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)
     first = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     pairs = torch.arange(0, n, 2, device=positions.device, dtype=dtype) / n
     step = 1.0 / theta**pairs

@@ -232,11 +232,13 @@ def _read_weights(folder: Path) -> State:
 def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> State:
     """Without buffers of old versions and without the tied head; with the base model's prefix if it was left out."""
     kept = {n: t for n, t in tensors.items() if not n.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))}
-    if fields["model_type"] in ("gpt2", "gpt_bigcode"):
-        kept = {n: t for n, t in kept.items() if not n.endswith(".attn.bias")}
+    if fields["model_type"] in ("gpt2", "gpt_bigcode", "gpt_neox"):
+        kept = {n: t for n, t in kept.items() if not n.endswith((".attn.bias", ".attention.bias", ".masked_bias"))}
+        kept = {n.replace("embed_out.", "lm_head."): t for n, t in kept.items()}
     if fields["model_type"] in ("bert", "roberta"):
         return _tidy_encoder(kept)
     prefix = "transformer." if fields["model_type"] in ("gpt2", "gpt_bigcode", "bloom", "mpt") else "model."
+    prefix = "gpt_neox." if fields["model_type"] == "gpt_neox" else prefix
     kept = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
     if model.tied_head:
         kept.pop("lm_head.weight", None)

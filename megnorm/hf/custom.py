@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megnorm.hf.families.base import UNREAD, classes_of, label_fields
-from megnorm.hf.families.rope import layer_types, longest, read_rope, read_window, rope_parameters
+from megnorm.hf.families.rope import layer_types, longest, read_fraction, read_rope, read_window, rope_parameters
 from megnorm.hf.fold import State, embedding_scale
 from megnorm.models.config import AttentionConfig, ModelConfig, MoEConfig
 from megnorm.norms.config import NormConfig
@@ -82,7 +82,7 @@ def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
 def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
     """The inverse of ``config``."""
     norm = dict(fields.get("norm_config") or {"scheme": fields["norm"]["scheme"]})
-    theta, scaling, local = read_rope(fields)
+    theta, scaling, local = read_rope(fields, whole=False)
     norm["plugins"] = ()  # a folder from a stranger names no code to run; the numbers are in "norm"
     given = {name: fields[name] for name in PLAIN if name in fields or name not in LATER}
     given |= {ours: fields[theirs] for theirs, ours in RENAMED.items() if theirs in fields or theirs not in LATER}
@@ -99,6 +99,7 @@ def read_config(fields: Mapping[str, Any]) -> tuple[ModelConfig, Resolved]:
         encoder_layers=fields["encoder_layers"] if family == "encdec" else None,
         rope_theta=theta,
         rope_scaling=scaling,
+        rope_fraction=read_fraction(fields),
         attention=AttentionConfig(
             scale=fields.get("attention_scale"),
             softcap=fields.get("attn_logit_softcapping"),

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megnorm.models.config import ModelConfig, RopeScaling
@@ -16,8 +17,14 @@ def rotations(cfg: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[
     if cfg.positions != "rotary":
         return None, None
     where, local = positions.clamp_min(0), cfg.attention.window_rope_theta
-    full = rope_table(where, cfg.hd, cfg.rope_theta, dtype, cfg.rope_scaling, cfg.max_positions)
-    return full, full if local is None else rope_table(where, cfg.hd, local, dtype)
+    turned, still = cfg.rotary_dim, (cfg.hd - cfg.rotary_dim) // 2
+    full = _with_still(rope_table(where, turned, cfg.rope_theta, dtype, cfg.rope_scaling, cfg.max_positions), still)
+    return full, full if local is None else _with_still(rope_table(where, turned, local, dtype), still)
+
+
+def _with_still(table: Table, pairs: int) -> Table:
+    """With so many more pairs of features that do not turn: the angle 0."""
+    return (F.pad(table[0], (0, pairs), value=1.0), F.pad(table[1], (0, pairs))) if pairs else table
 
 
 def rope_table(

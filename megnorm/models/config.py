@@ -140,7 +140,8 @@ class ModelConfig:
 
     kv_heads None: heads. head_dim None: width // heads. ffn: width of the FFN (of each half where gated).
     max_positions: rows of the learned position table, and the longest sequence the model takes.
-    positions: "rotary" turns halves (Llama); "sinusoidal" is fairseq's table; "alibi" lowers scores by slope * distance. With
+    positions: "rotary" turns halves (Llama), of a share rope_fraction of each head's features; "sinusoidal" is fairseq's
+    table; "alibi" lowers scores by slope * distance. With
     padding_id set, learned and sinusoidal positions count real tokens only and padding gets none, and attention does not
     look at padding. embedding_scale: factor on token embeddings, a number or "sqrt_width". tied_head: head = token embedding.
     logit_scale: factor on logits; logit_softcap: c in c tanh(logit / c), after it.
@@ -176,6 +177,7 @@ class ModelConfig:
     positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "rotary"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rope_fraction: float = 1.0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     padding_id: int | None = None
     embedding_scale: float | Literal["sqrt_width"] = 1.0
@@ -210,12 +212,22 @@ class ModelConfig:
         _refuse(not rotary and local, f"model.attention.window_rope_theta {needs}")
         narrow = scaling == "dynamic" and self.hd < 4
         _refuse(narrow, f"model.rope_scaling.kind=dynamic needs a head_dim of 4 or more, not {self.hd}")
+        share, turned = self.rope_fraction, self.rotary_dim
+        _refuse(not rotary and share != 1.0, f"model.rope_fraction={share} {needs}")
+        whole = 0.0 < share <= 1.0 and turned >= 2 and turned % 2 == 0
+        fits = f"model.rope_fraction={share} of head_dim={self.hd} is {turned} features"
+        _refuse(rotary and not whole, f"{fits}; it must be an even number from 2 to {self.hd}")
         padded = self.positions == "alibi" and self.padding_id is not None
         _refuse(padded, "model.positions=alibi counts padding in its distances; set model.padding_id=null")
 
     @property
     def hd(self) -> int:
         return self.head_dim or self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of each head that rotary positions turn."""
+        return int(self.hd * self.rope_fraction)
 
     @property
     def kv(self) -> int:

@@ -48,6 +48,7 @@ FEATURED: dict[str, dict[str, Any]] = {
     "alibi": {"positions": "alibi", "bias": True, "o_bias": False, "attention": AttentionConfig(window=5)},
     "yarn": {
         "rope_scaling": RopeScaling("yarn", 2.0, original=8),
+        "rope_fraction": 0.5,
         "o_bias": True,
         "head_bias": True,
         "logit_scale": 2.0,

@@ -84,6 +84,7 @@ FEATURES = [
     {"attention": AttentionConfig(softcap=1.5), "logit_softcap": 2.0, "logit_scale": 0.5, "tied_head": True},
     {"attention": AttentionConfig(window=3), "positions": "learned"},
     {"attention": AttentionConfig(0.3, 2.0, 3, ("full", "window"), 99.0), "rope_scaling": SCALINGS[0]},
+    {"rope_fraction": 0.5, "head_dim": 8, "rope_scaling": SCALINGS[0]},
     {"positions": "alibi", "heads": 6, "head_dim": 4, "kv_heads": 3},
     {"positions": "alibi", "attention": AttentionConfig(softcap=3.0, window=4, window_layers=("window", "full"))},
     {"qkv_bias": True},

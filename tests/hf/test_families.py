@@ -29,6 +29,10 @@ GEMMA: dict[str, Any] = {"activation": "geglu_tanh", "tied_head": True, "embeddi
 ALIBI: dict[str, Any] = {"positions": "alibi", "kv_heads": 4, "ffn": 64}
 BLOOM: dict[str, Any] = {"norm": {"kind": "layernorm", "options": {"embedding_norm": True}}, "activation": "gelu_tanh"}
 MPT: dict[str, Any] = {**ALIBI, "norm": {"kind": "layernorm", "bias": False}, "activation": "gelu", "bias": False}
+NEOX: dict[str, Any] = {
+    "norm": {"kind": "layernorm"}, "activation": "gelu", "bias": True, "kv_heads": 4, "width": 32, "positions": "rotary",
+    "parallel_block": True, "rope_fraction": 0.5,
+}  # fmt: skip
 YARN = RopeScaling("yarn", 4.0, 8, attention_factor=1.3, beta_fast=4.0, beta_slow=0.5, truncate=False)
 GRID = AttentionConfig(window=3, window_layers=("window", "full"))
 
@@ -87,6 +91,8 @@ EXACT = [
     ("gptbigcode", "preln", {**PLAIN, "norm": {"kind": "layernorm"}, "kv_heads": 1, "tied_head": True}),
     ("bloom", "preln", {**ALIBI, **BLOOM}),
     ("bloom, three heads", "preln", {**ALIBI, **BLOOM, "heads": 3, "kv_heads": 3, "width": 18, "ffn": 72}),
+    ("gptneox", "preln", NEOX),
+    ("gptneox, in turn", "preln", {**NEOX, "parallel_block": False, "rope_fraction": 1.0, "tied_head": True}),
     ("mpt", "preln", MPT),
     (
         "mpt, six heads",
@@ -168,6 +174,7 @@ REFUSED = [
     ("attention.window", "olmo2", {"attention": GRID}),
     ("logit_scale", "postln", {"logit_scale": 0.5, "tied_head": True, "norm": {"options": {"embedding_norm": True}}}),
     ("positions", "preln", {"positions": "alibi"}),
+    ("rope_fraction", "preln", {"rope_fraction": 0.5, "head_dim": 8}),
     (
         "dropout",
         "preln",
@@ -185,7 +192,16 @@ BY_ANOTHER = {
     "dropout",
     "ffn",
 }
-TOLD = {"head_bias", "parallel_block", "padding_id", "embedding_scale", "positions", "activation", "eps"}
+TOLD = {
+    "rope_fraction",
+    "head_bias",
+    "parallel_block",
+    "padding_id",
+    "embedding_scale",
+    "positions",
+    "activation",
+    "eps",
+}
 
 
 @pytest.mark.parametrize(("what", "scheme", "options"), REFUSED, ids=[f"{s}: {w}" for w, s, _ in REFUSED])
@@ -268,6 +284,7 @@ COME_BACK = [
     ("gpt_bigcode", "preln", {**PLAIN, "norm": {"kind": "layernorm"}, "kv_heads": 1}),
     ("bloom", "preln", {**ALIBI, **BLOOM, "bias": True}),
     ("mpt", "preln", {**MPT, "attention": AttentionConfig(scale=0.3)}),
+    ("gpt_neox", "preln", {**NEOX, "rope_scaling": RopeScaling("linear", 4.0)}),
 ]  # fmt: skip
 
 

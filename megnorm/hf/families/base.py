@@ -111,6 +111,7 @@ class Family:
     """One class of transformers. A subclass says what it accepts and how its config and tensors look.
 
     windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
+    partial_rotary, side_by_side: it may turn a part of each head, and run both branches beside each other.
     family, experts: of what models it is a class.
     names: canonical name -> theirs, ``{i}`` for the layer index, ``{e}`` for an expert's; both directions of the conversion
     read it.
@@ -122,6 +123,8 @@ class Family:
     windows: Windows = "none"  # layers may have one: none, all alike, each as it likes
     two_thetas = False
     softcaps = False
+    partial_rotary = False
+    side_by_side = False
     family = "causal"  # model.family
     experts = False
 
@@ -149,7 +152,9 @@ class Family:
         """What no class here has."""
         if model.head_bias:
             return "head_bias: the class has no bias on the head"
-        if model.parallel_block:
+        if model.rope_fraction != 1.0 and not self.partial_rotary:
+            return "rope_fraction: the class turns whole heads"
+        if model.parallel_block and not self.side_by_side:
             return "parallel_block: the class runs attention and feed-forward one after the other"
         if model.padding_id is not None:
             return "padding_id: the class does not look for padding by itself"

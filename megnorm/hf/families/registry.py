@@ -8,6 +8,7 @@ from megnorm.hf.families.gpt2 import GPT2, GPTBigCode
 from megnorm.hf.families.llama import Llama, Ministral, Mistral, Qwen2, Qwen3
 from megnorm.hf.families.minimax import MiniMax
 from megnorm.hf.families.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
+from megnorm.hf.families.neox import GPTNeoX
 from megnorm.hf.families.olmo import Olmo2
 from megnorm.hf.families.opt import OPTPostLN, OPTPreLN
 from megnorm.hf.fold import fold
@@ -16,7 +17,7 @@ from megnorm.norms.resolve import Resolved
 
 FAMILIES: tuple[Family, ...] = (
     *(Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), Olmo2(), Gemma2(), Gemma3()),
-    *(GPT2(), GPTBigCode(), OPTPostLN(), OPTPreLN(), Bloom(), Mpt(), MiniMax()),
+    *(GPT2(), GPTBigCode(), OPTPostLN(), OPTPreLN(), Bloom(), Mpt(), GPTNeoX(), MiniMax()),
     *(Mixtral(), Olmoe(), Qwen3Moe(), Qwen2Moe(), BertMasked(), BertClasses(), RobertaMasked(), RobertaClasses()),
 )
 

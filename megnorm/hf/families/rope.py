@@ -23,8 +23,10 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
     if scaling.kind == "yarn":
         full |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
         full |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    part = {} if model.rope_fraction == 1.0 else {"partial_rotary_factor": model.rope_fraction}
     local = model.attention.window_rope_theta
-    return full if local is None else {FULL: full, WINDOW: {"rope_type": "default", "rope_theta": local}}
+    window = {"rope_type": "default", "rope_theta": local}
+    return full | part if local is None else {FULL: full | part, WINDOW: window | part}
 
 
 def longest(model: ModelConfig) -> int:
@@ -42,9 +44,12 @@ def longest_input(config: Any) -> int | None:
     return int(found * rope["factor"]) if dynamic else found
 
 
-def read_rope(config: Mapping[str, Any], default: float = 10000.0) -> tuple[float, RopeScaling, float | None]:
+def read_rope(
+    config: Mapping[str, Any], default: float = 10000.0, *, whole: bool = True
+) -> tuple[float, RopeScaling, float | None]:
     """theta, scaling, and the theta of layers with a window, of a config of either generation of transformers.
 
+    whole: the class turns whole heads, so that a config that says otherwise is refused.
     Raises ValueError for what megnorm cannot express.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -56,10 +61,16 @@ def read_rope(config: Mapping[str, Any], default: float = 10000.0) -> tuple[floa
                 "config.json: rotary positions of layers with a window are scaled; megnorm scales none there"
             )
         rope, local = rope[FULL], float(window["rope_theta"])
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor must be 1; megnorm turns whole heads")
+    if whole and rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor must be 1 in this class")
     theta = float(rope.get("rope_theta", config.get("rope_theta", default)))
     return theta, _scaling(rope, config), local
+
+
+def read_fraction(config: Mapping[str, Any], default: float = 1.0) -> float:
+    """The share of a head's features that rotary positions turn."""
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get(FULL, rope).get("partial_rotary_factor", default))
 
 
 def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
