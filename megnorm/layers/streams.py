@@ -10,7 +10,7 @@ from megnorm.norms.scheme import Scale, Second, Streams
 
 
 class SecondStream(nn.Module):
-    """A sub-layer's side of the second stream (norms/scheme.py: Second)."""
+    """A sub-layer's side of the second stream (norms/parts.py: Second)."""
 
     def __init__(self, second: Second, width: int, env: Env) -> None:
         super().__init__()
