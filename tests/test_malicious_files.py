@@ -162,9 +162,20 @@ def test_config_of_a_checkpoint_names_no_code(folder: Path) -> None:
         folder / "run/checkpoints",
         1,
         [io.Shard.whole("w", torch.ones(2))],
-        {"config": config, "resolved": resolved.to_json()},
+        {"config": config, "resolved": resolved.to_json(), "step": 1},
     )
     assert read_native(folder / "run").state["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("key", ["config", "resolved", "step"])
+def test_a_checkpoint_of_something_else_is_refused(folder: Path, key: str) -> None:
+    from megnorm.hf.native import read_native
+
+    record = {"config": {}, "resolved": {}, "step": 1}
+    del record[key]
+    io.save(folder / "run/checkpoints", 1, [io.Shard.whole("w", torch.ones(2))], record)
+    with pytest.raises(ValueError, match=f"meta.json has no '{key}'; it was not written by megnorm"):
+        read_native(folder / "run")
 
 
 # Token files --------------------------------------------------------------------------------------------------------

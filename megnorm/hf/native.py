@@ -33,10 +33,7 @@ class Native:
 def read_native(source: Path) -> Native:
     """The newest checkpoint of a run folder, or one checkpoint's folder. Raises ValueError where there is none."""
     path = checkpoint_of(source)
-    record = io.read_meta(path)
-    for key in ("config", "resolved"):
-        if key not in record:
-            raise ValueError(f"{path / 'meta.json'} has no '{key}'; it was not written by megnorm train or convert")
+    record = read_record(path)
     config = configs.from_dict(record["config"], f"{path / 'meta.json'}: config")
     names = [name for name in io.available(path) if not name.startswith("optim.")]
     state = {name: tensor.float() for name, tensor in io.read_full(path, names).items()}
@@ -46,6 +43,15 @@ def read_native(source: Path) -> Native:
     return Native(
         config.model, settled(from_json(record["resolved"]), record["step"]), state, data.tokenizer, path, ids
     )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its model. Raises ValueError where that is not all there."""
+    record: dict[str, Any] = io.read_meta(path)
+    for key in ("config", "resolved", "step"):
+        if key not in record:
+            raise ValueError(f"{path / 'meta.json'} has no '{key}'; it was not written by megnorm train or convert")
+    return record
 
 
 def checkpoint_of(source: Path) -> Path:

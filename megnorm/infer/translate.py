@@ -14,7 +14,7 @@ from megnorm.data import languages
 from megnorm.data.config import padded_length
 from megnorm.data.tokenizer import Tokenizer
 from megnorm.data.tokenizer import load as load_tokenizer
-from megnorm.hf.native import checkpoint_of
+from megnorm.hf.native import checkpoint_of, read_record
 from megnorm.infer.beam import Beam, beam_search
 from megnorm.layers.env import Env
 from megnorm.models.encdec import EncoderDecoder
@@ -54,10 +54,10 @@ class Translator:
 def load(source: Path, *, device: str = "cpu", tokenizer: str | None = None, end: str | None = None) -> Translator:
     """From a run folder or a checkpoint. end: name of the token that ends both sides; None: the tokenizer's own.
 
-    Raises ValueError where the run is no encoder-decoder, or names no tokenizer.
+    Raises ValueError where the run is no encoder-decoder, names no tokenizer, or was not written by megnorm.
     """
     path = checkpoint_of(source)
-    record = io.read_meta(path)
+    record = read_record(path)
     config = configs.from_dict(record["config"], f"{path / 'meta.json'}: config")
     m, data = config.model, config.data
     if m.family != "encdec":
