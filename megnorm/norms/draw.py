@@ -2,8 +2,7 @@
 
 Grey boxes are matrices and attention, blue ones norms, green circles factors. What stands on the left line is done to
 the residual stream itself; what stands in the right column belongs to a branch; a red line is a second stream, or a skip of its
-own. Layers wired differently get a panel
-each.
+own. Layers wired differently get a panel each.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -165,6 +165,11 @@ class Layer:
     attention: Attention = Attention()
     ffn: FFN = FFN()
     cross_attention: Attention | None = None
+
+    def each(self, change: Callable[[SubLayer], SubLayer]) -> "Layer":
+        """With every sub-layer changed alike; ``change`` gives back the kind that it got."""
+        parts = {"attention": self.attention, "ffn": self.ffn, "cross_attention": self.cross_attention}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

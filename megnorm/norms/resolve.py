@@ -24,6 +24,7 @@ from megnorm.norms.scheme import (
     SchemeError,
     Second,
     Streams,
+    SubLayer,
     Where,
     evaluate,
 )
@@ -157,15 +158,11 @@ def settled(resolved: Resolved, step: int) -> Resolved:
     def fixed(scale: Scale) -> Scale:
         return replace(scale, value=grown(scale, step), warmup=0.0) if scale.warmup else scale
 
-    def still(sub: Any) -> Any:
-        if sub is None:
-            return None
+    def still(sub: SubLayer) -> SubLayer:
         skip, branch = fixed(sub.residual.skip), fixed(sub.residual.branch)
         return replace(sub, residual=replace(sub.residual, skip=skip, branch=branch))
 
-    layers = tuple(
-        Layer(still(layer.attention), still(layer.ffn), still(layer.cross_attention)) for layer in resolved.layers
-    )
+    layers = tuple(layer.each(still) for layer in resolved.layers)
     encoder = None if resolved.encoder is None else settled(resolved.encoder, step)
     return replace(resolved, layers=layers, encoder=encoder)
 

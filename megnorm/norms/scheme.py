@@ -18,8 +18,9 @@ Room for what is not here yet, each by a field whose default leaves today's sche
 weights after each step: a field of Init, by role.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from megnorm.norms.check import PROBES, check_layer, check_norm, check_where, formulas
 from megnorm.norms.parts import (
@@ -68,6 +69,11 @@ class Scheme:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def each(self, change: Callable[[SubLayer], SubLayer], **others: Any) -> "Scheme":
+        """With every sub-layer of every layer changed alike. others: further fields, such as the name."""
+        overrides = tuple((where, layer.each(change)) for where, layer in self.overrides)
+        return replace(self, layer=self.layer.each(change), overrides=overrides, **others)
 
 
 def check(scheme: Scheme) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megnorm.hf.families.base import Family, Pattern, norms, one_eps, wanted
-from megnorm.hf.families.gpt2 import fused_qkv, joined, refuse_shape, split_qkv, with_norm_biases
+from megnorm.hf.families.gpt2 import FusedByHead, fused_qkv, joined, refuse_shape, split_qkv
 from megnorm.hf.fold import State
 from megnorm.models.config import AttentionConfig, ModelConfig
 from megnorm.norms.config import NormConfig
@@ -19,7 +19,7 @@ def _refuse_sizes(model: ModelConfig, activation: str) -> str | None:
     return None if model.ffn == 4 * model.width else "ffn: the class has four times the width"
 
 
-class Bloom(Family):
+class Bloom(FusedByHead):
     architecture = "BloomForCausalLM"
     pattern = Pattern("layernorm", frozenset({"input"}), frozenset({"input"}), embedding=True)
     names: Mapping[str, str] = {
@@ -51,21 +51,6 @@ class Bloom(Family):
             "attention_dropout": model.attention_dropout,
             "tie_word_embeddings": model.tied_head,
         }
-
-    def transform(self, state: State, model: ModelConfig) -> State:
-        """Rows by head: its q, its k, its v."""
-
-        def by_head(parts: list[Any]) -> Any:
-            heads = [part.unflatten(0, (model.heads, 1, model.hd)) for part in parts]
-            return joined([part.transpose(0, 1) for part in heads]).transpose(0, 1).flatten(0, 2).contiguous()
-
-        return fused_qkv(with_norm_biases(state), by_head)
-
-    def restore(self, state: State, model: ModelConfig) -> State:
-        def by_part(tensor: Any) -> Any:
-            return [part.flatten(0, 1) for part in tensor.unflatten(0, (model.heads, 3, model.hd)).unbind(1)]
-
-        return split_qkv(state, by_part)
 
     def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
         wanted(config, apply_residual_connection_post_layernorm=False)

@@ -161,3 +161,20 @@ def _turned(state: State) -> State:
     """Matrices of linear layers the other way round, [in, out]."""
     inside = ("qkv.weight", ".o.weight", ".up.weight", ".down.weight")
     return {name: tensor.t().contiguous() if name.endswith(inside) else tensor for name, tensor in state.items()}
+
+
+class FusedByHead(Family):
+    """Classes with one matrix for q, k and v whose rows lie by head: its q, its k, its v."""
+
+    def transform(self, state: State, model: ModelConfig) -> State:
+        def by_head(parts: list[Any]) -> Any:
+            heads = [part.unflatten(0, (model.heads, 1, model.hd)) for part in parts]
+            return joined([part.transpose(0, 1) for part in heads]).transpose(0, 1).flatten(0, 2).contiguous()
+
+        return fused_qkv(with_norm_biases(state), by_head)
+
+    def restore(self, state: State, model: ModelConfig) -> State:
+        def by_part(tensor: Any) -> Any:
+            return [part.flatten(0, 1) for part in tensor.unflatten(0, (model.heads, 3, model.hd)).unbind(1)]
+
+        return split_qkv(state, by_part)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megnorm.hf.families.alibi import Bloom
 from megnorm.hf.families.base import ACTIVATIONS, Pattern, activation, one_eps
-from megnorm.hf.families.gpt2 import refuse_shape
+from megnorm.hf.families.gpt2 import FusedByHead, refuse_shape
 from megnorm.hf.families.rope import longest, read_fraction, read_rope, rope_parameters
 from megnorm.hf.fold import State
 from megnorm.models.config import ModelConfig
@@ -13,8 +12,8 @@ from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import Resolved
 
 
-class GPTNeoX(Bloom):
-    """Its fused matrix lies as BLOOM's does; of a head's features it turns the first ones, in halves of their own."""
+class GPTNeoX(FusedByHead):
+    """Of a head's features it turns the first ones, in halves of their own."""
 
     name = "gpt_neox"
     architecture = "GPTNeoXForCausalLM"

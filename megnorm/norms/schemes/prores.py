@@ -9,53 +9,29 @@ here t is the number of the step, from 1.
 """
 
 from dataclasses import replace
-from typing import TypeVar
 
 from megnorm.norms import registry
 from megnorm.norms.registry import register
-from megnorm.norms.scheme import (
-    FFN,
-    Attention,
-    Depth,
-    Formula,
-    Layer,
-    Norm,
-    Residual,
-    Scale,
-    Scheme,
-    SchemeError,
-    SubLayer,
-)
-
-Part = TypeVar("Part", bound=SubLayer)
-
-
-def _growing(part: Part, warmup: Formula) -> Part:
-    if part.residual.branch.learned is not None:
-        raise SchemeError("norm.options.host: its branches have learned factors, which move by themselves")
-    return replace(part, residual=replace(part.residual, branch=replace(part.residual.branch, warmup=warmup)))
+from megnorm.norms.scheme import FFN, Attention, Depth, Layer, Norm, Residual, Scale, Scheme, SchemeError, SubLayer
 
 
 @register
 def prores(host: str = "preln", steps: int = 1000) -> Scheme:
     """host: the scheme whose branches grow, with its own options' defaults. steps: T."""
-    base = registry.get(host)
-
-    def growing(layer: Layer) -> Layer:
-        cross = None if layer.cross_attention is None else _growing(layer.cross_attention, warmup)
-        return Layer(_growing(layer.attention, warmup), _growing(layer.ffn, warmup), cross)
 
     def warmup(d: Depth) -> float:
         return steps * d.index
 
-    return replace(
-        base,
-        name="prores",
-        paper="arXiv:2603.05369",
-        summary="branches grow layer by layer in the first steps, on another scheme",
-        layer=growing(base.layer),
-        overrides=tuple((where, growing(layer)) for where, layer in base.overrides),
-    )
+    def growing(part: SubLayer) -> SubLayer:
+        branch = part.residual.branch
+        if branch.learned is not None:
+            raise SchemeError(
+                f"norm.options.host: the branches of '{host}' have learned factors, which move by themselves"
+            )
+        return replace(part, residual=replace(part.residual, branch=replace(branch, warmup=warmup)))
+
+    summary = "branches grow layer by layer in the first steps, on another scheme"
+    return registry.get(host).each(growing, name="prores", paper="arXiv:2603.05369", summary=summary)
 
 
 @register
