@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # megnorm from 
 import torch
 import torch.distributed as dist
 from goldens import case as cases
-from goldens import frontier, hf, neutral
+from goldens import frontier, hf, mixed, neutral
 from goldens.case import Case, NotCovered
 from goldens.run import Errors, mesh_of, run
 
@@ -80,7 +80,7 @@ def check(path: Path, name: str, *, tp: int = 1, pp: int = 1, say: Callable[[str
         scheme = scheme_name(case)
         mesh = mesh_of(case, tp, pp) if tp * pp > 1 else None
         say(cases.to_yaml(case.model))
-        errors = run(case, mesh)
+        errors = mixed.run(case, mesh) if isinstance(case, mixed.StreamCase) else run(case, mesh)
     except NotCovered as reason:
         return Line(name, "not covered", scheme, reason=str(reason))
     except Exception as error:

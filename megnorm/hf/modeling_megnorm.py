@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_megnorm import alibi, relative_buckets, rotary_angles
 from .configuration_megnorm import MegnormConfig
 from .layers_megnorm import Attention, Block, Embedding
-from .norms_megnorm import Ends, Norm, Residual, SecondStream, make_norm
+from .norms_megnorm import Ends, Mixing, Norm, Residual, SecondStream, make_norm
 
 
 class MegnormPreTrainedModel(PreTrainedModel):
@@ -49,7 +49,7 @@ class MegnormPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Norm | Residual | SecondStream):
+        if isinstance(module, Norm | Residual | SecondStream | Mixing):
             module.reset()
         elif isinstance(module, Attention) and module.scaled:
             init.ones_(module.head_scale)

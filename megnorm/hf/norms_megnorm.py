@@ -173,20 +173,89 @@ class SecondStream(nn.Module):
         return x, y, x * (self.share if hasattr(self, "share") else self.spec["share"]["value"]) + self.read_norm(y)
 
 
+class Mixing(nn.Module):
+    """The weights that tokens give n streams [n, b, s, d]: [b, s, n, n + 2], of stream s as columns its share in what the
+    branch reads, its shares in each new stream, and how much of the branch it gets; with exits the first column alone."""
+
+    def __init__(self, spec: Spec, width: int, exits: bool = False):
+        super().__init__()
+        n = self.n = spec["streams"]
+        self.spec, self.exits, self.alone = spec, exits, spec["rule"] == "tanh"
+        if spec["rule"] not in ("tanh", "sinkhorn"):
+            raise ValueError(f"config.json: mix rule '{spec['rule']}' is unknown to this file; export again")
+        features = width if self.alone else n * width
+        self.norm = make_norm(spec["norm"], features)
+        self.parts = [n + 1, 1] if self.alone else [n] if exits else [n, n, n * n]  # rows of the map that share a scale
+        self.map = nn.Parameter(torch.empty(sum(self.parts), features))
+        self.scale = nn.Parameter(torch.empty(len(self.parts)))
+        self.bias = nn.Parameter(torch.empty((n, n + 2) if self.alone else sum(self.parts)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Initial values; tensors already loaded keep theirs."""
+        init.constant_(self.scale, self.spec["scale"])
+        if not self.alone:
+            init.normal_(self.map, 0.0, 0.02)
+            init.zeros_(self.bias)
+            return
+        read = torch.zeros(self.n, 1)
+        read[int(self.spec["first"])] = 1.0
+        init.zeros_(self.map)
+        init.copy_(self.bias, torch.cat([read, torch.eye(self.n), torch.ones(self.n, 1)], 1))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        x = streams.permute(1, 2, 0, 3)
+        u = self.norm(x if self.alone else x.flatten(2))
+        kind = wide(u.dtype)
+        raw = F.linear(u.to(kind), self.map.to(kind))
+        scale = torch.cat([one.expand(count) for one, count in zip(self.scale.to(kind), self.parts, strict=True)])
+        if self.alone:
+            return torch.tanh(raw) * scale + self.bias.to(kind)
+        n, eps = self.n, self.spec["eps"]
+        raw = raw * scale + self.bias.to(kind)
+        read = (raw[..., :n].sigmoid() + eps).unsqueeze(-1)
+        if self.exits:
+            return read
+        mix = raw[..., 2 * n :].unflatten(-1, (n, n)).softmax(-1) + eps
+        mix = mix / (mix.sum(-2, keepdim=True) + eps)
+        for _ in range(self.spec["rounds"] - 1):
+            mix = mix / (mix.sum(-1, keepdim=True) + eps)
+            mix = mix / (mix.sum(-2, keepdim=True) + eps)
+        return torch.cat([read, mix, 2 * raw[..., n : 2 * n].sigmoid().unsqueeze(-1)], -1)
+
+    def read(self, streams: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("bsn,nbsd->bsd", weights[..., 0].to(streams.dtype), streams)
+
+    def join(self, streams: Tensor, weights: Tensor, branch: Tensor) -> Tensor:
+        weights = weights.to(streams.dtype)
+        mixed = torch.einsum("bsnt,nbsd->tbsd", weights[..., 1:-1], streams)
+        return torch.addcmul(mixed, weights[..., -1].permute(2, 0, 1).unsqueeze(-1), branch)
+
+
 class Ends(nn.Module):
-    """How streams begin and end, by ``config.norm``: one as it is, two as [2, b, s, d] from the embedding to a sum."""
+    """How streams begin and end, by ``config.norm``: one as it is, more as [n, b, s, d] from the embedding to a sum."""
 
     def __init__(self, spec: Spec | None, width: int):
         super().__init__()
-        self.spec = spec
-        if spec is not None:
+        self.spec, self.mixed = spec, 0 if spec is None else spec.get("mixed", 0)
+        if self.mixed and spec["exit"] is not None:
+            self.mix = Mixing(spec["exit"], width, exits=True)
+        elif spec is not None and not self.mixed:
             self.x_norm, self.y_norm = make_norm(spec["x"], width), make_norm(spec["y"], width)
 
     def begin(self, x: Tensor) -> Tensor:
-        return x if self.spec is None else torch.stack([x, x * self.spec["entry"]])
+        if self.spec is None:
+            return x
+        return torch.stack([x] * self.mixed if self.mixed else [x, x * self.spec["entry"]])
 
     def forward(self, streams: Tensor) -> Tensor:
-        return streams if self.spec is None else self.x_norm(streams[0]) + self.y_norm(streams[1])
+        if self.spec is None:
+            return streams
+        if hasattr(self, "mix"):
+            return self.mix.read(streams, self.mix(streams))
+        if self.mixed:
+            return streams.sum(0) * self.spec["share"]
+        return self.x_norm(streams[0]) + self.y_norm(streams[1])
 
 
 class SubLayer(nn.Module):
@@ -197,9 +266,13 @@ class SubLayer(nn.Module):
     post_norm: nn.Module
     residual: Residual
     second: SecondStream | None
+    mix: Mixing | None
 
     def read(self, streams: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The stream that the residual takes, the second one or None, and what the input norm sees."""
+        """The stream that the residual takes, the second one (or weights of all) or None, and what the input norm sees."""
+        if self.mix is not None:
+            weights = self.mix(streams)
+            return streams, weights, self.mix.read(streams, weights)
         return (streams, None, streams) if self.second is None else self.second(streams)
 
     def write(
@@ -212,6 +285,8 @@ class SubLayer(nn.Module):
         shared: Residual | None = None,
     ) -> Tensor:
         """What goes on, from what ``read`` gave, the normalized input and the branch."""
+        if self.mix is not None:
+            return self.mix.join(x, second, y)
         out = self.post_norm(self.residual(x, u, y, layer_input, shared))
         return out if self.second is None else torch.stack([out, second + self.second.spec["write"] * y])
 
@@ -221,3 +296,4 @@ class SubLayer(nn.Module):
         self.post_norm = make_norm(spec["post"], width)
         self.residual = Residual(spec["residual"], width, first)
         self.second = SecondStream(spec["second"], width) if spec.get("second") else None
+        self.mix = Mixing(spec["mix"], width) if spec.get("mix") else None

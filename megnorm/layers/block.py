@@ -15,7 +15,7 @@ from megnorm.norms import scheme
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: [s, b, d] -> [s, b, d] (two streams: [2, s, b, d]). With
+    """Attention, then feed-forward: [s, b, d] -> [s, b, d] (n streams: [n, s, b, d]). With
     ``parallel_block`` both read the layer's input.
 
     index: global in its stack, 0-based. stack: "" or the stack's path with a dot. causal: nobody looks to its right. cross:
@@ -50,7 +50,7 @@ class Block(nn.Module):
                 for other in others:
                     setattr(other.residual, name, getattr(self.attention.residual, name))
         adjacent = not self.parallel and not cross and isinstance(self.ffn, FeedForward)
-        adjacent = adjacent and self.attention.second is None
+        adjacent = adjacent and self.attention.single
         self.boundary = fused.boundary(self.attention, self.ffn, cfg.dropout, env) if adjacent else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
+from megnorm.norms.scheme import BLOCK_ROLES
 from megnorm.parallel.layout import Matrix, named_matrices
 from megnorm.parallel.rng import derive
 
-HIDDEN = ("q", "k", "v", "o", "up", "gate", "down", "router")
 ROWS = 1024
 
 
@@ -41,7 +41,7 @@ def law_of(
         own = {"embed": cfg.init.embedding_std, "position": cfg.init.position_std, "head": cfg.init.head_std}[role]
         shape_of = "truncated_normal" if cfg.init.distribution == "truncated_normal" else "normal"
         return shape_of, base if own is None else own
-    if role not in HIDDEN:
+    if role not in BLOCK_ROLES:
         return None
     stack, layer = _place(name, resolved)
     distribution = resolved.distribution or cfg.init.distribution
@@ -55,10 +55,11 @@ def law_of(
 
 
 def _place(name: str, resolved: Resolved) -> tuple[Resolved, int]:
-    """The stack that a hidden matrix is in, and the layer there."""
-    found = re.match(r"(encoder\.)?(?:.*\.)?blocks\.(\d+)\.", name)
+    """The stack that a hidden matrix is in, and the layer there; what closes a stack counts to the last."""
+    found = re.match(r"(encoder\.)?(?:(?:.*\.)?blocks\.(\d+)|.*joined)\.", name)
     assert found is not None, f"{name} is no matrix of a block"
-    return (resolved.encoder or resolved) if found[1] else resolved, int(found[2])
+    stack = (resolved.encoder or resolved) if found[1] else resolved
+    return stack, len(stack.layers) - 1 if found[2] is None else int(found[2])
 
 
 def _base_std(distribution: str, shape: tuple[int, ...], std: float) -> float:

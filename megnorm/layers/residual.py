@@ -28,7 +28,7 @@ class Add(nn.Module):
         self.gated = None if residual.gate is None else residual.gate.on
         self.gate: nn.Parameter | None = None
         if residual.gate is not None:
-            self.gate = _learned((1,), residual.gate.value, env)
+            self.gate = learned((1,), residual.gate.value, env)
 
     def forward(self, stream: Tensor, u: Tensor, y: Tensor, layer_input: Tensor) -> Tensor:
         """stream, u (the input norm's output), y (the branch) and layer_input, all [s, b, d] -> [s, b, d]."""
@@ -79,10 +79,11 @@ def factor(scale: Scale, width: int, env: Env) -> float | Growing | nn.Parameter
         return Growing(scale, env.rng)
     if scale.learned is None:
         return value
-    return _learned((width,) if scale.learned == "width" else (1,), value, env)
+    return learned((width,) if scale.learned == "width" else (1,), value, env)
 
 
-def _learned(shape: tuple[int, ...], value: Formula, env: Env) -> nn.Parameter:
+def learned(shape: tuple[int, ...], value: Formula, env: Env) -> nn.Parameter:
+    """A parameter of the residual stream, the same on every rank, that starts at ``value``."""
     partial = "tp" if env.mesh.sequence_parallel else None
     layout = Layout.whole(shape, "scale", grad_sum=partial, owner=env.mesh.tp.rank == 0)
     return parameter(env.full(shape, float(value)), layout)  # type: ignore[arg-type]

@@ -12,34 +12,19 @@ balance_over=micro_batch "sequence" means all that a rank sends through the laye
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megnorm.kernels.torch_ref import wide
 from megnorm.layers.dispatch import Routing
 from megnorm.layers.env import Env
+from megnorm.layers.wide import WideLinear
 from megnorm.models.config import ModelConfig
 from megnorm.parallel.collectives import all_reduce, own_slice, sum_from
 from megnorm.parallel.layout import Layout, parameter
 from megnorm.parallel.mesh import Mesh
-
-
-class _WideLinear(torch.autograd.Function):
-    """x [t, d], weight [n, d] -> [t, n] in fp32 (fp64 for fp64); for backward x is kept as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.to(wide(x)), weight.to(wide(x)))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return (grad @ weight.to(grad.dtype)).to(x.dtype), (grad.t() @ x.to(grad.dtype)).to(weight.dtype)
 
 
 class Router(nn.Module):
@@ -67,7 +52,7 @@ class Router(nn.Module):
 
     def forward(self, u: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         moe, dtype = self.moe, wide(u)
-        logits = _WideLinear.apply(u.flatten(0, 1), self.weight)
+        logits = WideLinear.apply(u.flatten(0, 1), self.weight)
         scores = logits.softmax(-1) if moe.score == "softmax" else logits.sigmoid()
         wanted = scores.detach() + self.bias if moe.bias_rate else scores.detach()
         chosen = wanted.topk(moe.top_k, dim=-1).indices

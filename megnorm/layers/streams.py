@@ -1,9 +1,10 @@
-"""Two residual streams, X and Y, as one tensor [2, s, b, d]: how they begin, how a sub-layer sees them, how they end."""
+"""Residual streams as one tensor [n, s, b, d]: how they begin and end, and what a sub-layer does with two, X and Y."""
 
 import torch
 from torch import Tensor, nn
 
 from megnorm.layers.env import Env
+from megnorm.layers.mixing import Mixing
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.residual import factor
 from megnorm.norms.scheme import Scale, Second, Streams
@@ -48,16 +49,36 @@ class Ends(nn.Module):
         return out
 
 
+class MixedEnds(nn.Module):
+    """Where n streams become one: [n, s, b, d] -> [s, b, d], their sum times a constant, or by weights of each token."""
+
+    def __init__(self, streams: Streams, width: int, env: Env) -> None:
+        super().__init__()
+        self.share = float(streams.share)  # type: ignore[arg-type]
+        self.mix = None if streams.exit is None else Mixing(streams.exit, width, env, exits=True)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        if self.mix is not None:
+            return self.mix.read(streams, self.mix(streams))
+        return streams.sum(0) * self.share
+
+
 def begin(x: Tensor, streams: Streams | None) -> Tensor:
-    """The embedding [s, b, d] as what layers take: itself, or [2, s, b, d]."""
-    return x if streams is None else torch.stack([x, x * float(streams.entry)])  # type: ignore[arg-type]
+    """The embedding [s, b, d] as what layers take: itself, or [n, s, b, d]."""
+    if streams is None:
+        return x
+    if streams.mixed:
+        return torch.stack([x] * streams.mixed)
+    return torch.stack([x, x * float(streams.entry)])  # type: ignore[arg-type]
 
 
 def end(streams: Streams | None, width: int, env: Env) -> nn.Module:
     """What stands between the last layer and the final norm."""
-    return nn.Identity() if streams is None else Ends(streams, width, env)
+    if streams is None:
+        return nn.Identity()
+    return (MixedEnds if streams.mixed else Ends)(streams, width, env)
 
 
 def shape_of(length: int, batch: int, width: int, streams: Streams | None) -> tuple[int, ...]:
     """Of what one stage hands to the next."""
-    return (length, batch, width) if streams is None else (2, length, batch, width)
+    return (length, batch, width) if streams is None else (streams.count, length, batch, width)

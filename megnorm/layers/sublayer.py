@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megnorm.layers import fused
 from megnorm.layers.env import Context, Env
+from megnorm.layers.mixing import Mixing
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.residual import residual_rule
 from megnorm.layers.streams import SecondStream
@@ -32,7 +33,7 @@ class Dropout(nn.Module):
 class SubLayer(nn.Module):
     """A residual sub-layer: x' = post(skip * r + branch * output(F(input(x)))).
 
-    stream [s, b, d] -> same ([s/tp, b, d] with sequence parallelism); two streams are [2, s, b, d]. Subclasses
+    stream [s, b, d] -> same ([s/tp, b, d] with sequence parallelism); n streams are [n, s, b, d]. Subclasses
     bring the branch F as ``body``.
     name: the sub-layer's path in the whole model, of which dropout masks are a function.
     """
@@ -44,9 +45,11 @@ class SubLayer(nn.Module):
         self.post_norm = norm_or_identity(spec.post, "post", 1, width, env)
         self.residual = residual_rule(spec.residual, width, env)
         self.second = None if spec.second is None else SecondStream(spec.second, width, env)
+        self.mix = None if spec.mix is None else Mixing(spec.mix, width, env)
         self.recompute = env.recompute
         self.dropout = Dropout(dropout, env, name, local=env.mesh.sequence_parallel)
-        self.join = fused.join(self, dropout, env) if self.second is None else None
+        self.single = self.second is None and self.mix is None
+        self.join = fused.join(self, dropout, env) if self.single else None
         self.entry: fused.Entry | None = None  # a sub-layer that begins with a product may have one
 
     def body(self, u: Tensor, context: Context, h: Tensor | None = None) -> Tensor:
@@ -71,6 +74,12 @@ class SubLayer(nn.Module):
         y = self.dropout(self.output_norm(y))
         return second.join(self.post_norm(self.residual(first, u, y, first)), other, y)
 
+    def _mixed(self, mix: Mixing, streams: Tensor, context: Context) -> Tensor:
+        """The same with streams mixed by token, [n, s, b, d] -> same."""
+        weights = mix(streams)
+        _, y = self.branch(mix.read(streams, weights), context)
+        return mix.join(streams, weights, self.dropout(self.output_norm(y)))
+
     def forward(
         self,
         stream: Tensor,
@@ -86,6 +95,8 @@ class SubLayer(nn.Module):
         """
         if self.second is not None:
             return self._two(self.second, stream, context)
+        if self.mix is not None:
+            return self._mixed(self.mix, stream, context)
         if u is None:
             u, y = self.branch(stream if read is None else read, context)
         else:

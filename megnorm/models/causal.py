@@ -76,7 +76,7 @@ class CausalLM(nn.Module):
         ]
 
     def edge(self, batch: Tokens, *, into: bool) -> tuple[tuple[int, ...], torch.dtype]:
-        """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d]), or two [2, s, b, d]."""
+        """What stages exchange for a micro-batch: the residual stream [s, b, d] ([s/tp, b, d]), or n of them [n, s, b, d]."""
         s, b = batch.tokens.shape
         shape = streams.shape_of(s // self.env.mesh.sp.size, b, self.cfg.width, self.streams)
         return shape, self.env.compute or self.env.dtype

@@ -48,7 +48,7 @@ def scheme_problem(m: ModelConfig, resolved: Resolved) -> str | None:
             )
         if m.parallel_block and not (_runs_beside(layer.attention) and _runs_beside(layer.ffn)):
             return (
-                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm, a gate or two streams, "
+                f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm, a gate or several streams, "
                 "scales the skip, or adds to something else than the stream, which has no meaning for branches that run side "
                 "by side; use a pre-norm scheme"
             )
@@ -59,7 +59,14 @@ def _runs_beside(part: SubLayer) -> bool:
     """Whether a sub-layer only adds to the stream, as x + A(..) + F(..) needs."""
     residual = part.residual
     plain = residual.skip.learned is None and residual.skip.value == 1.0 and not residual.layer_input
-    return plain and residual.gate is None and part.second is None and part.post is None and residual.source == "stream"
+    return (
+        plain
+        and residual.gate is None
+        and part.second is None
+        and part.mix is None
+        and part.post is None
+        and residual.source == "stream"
+    )
 
 
 def expert_problem(m: ModelConfig, *, tp: int, ep: int, dp: int) -> str | None:

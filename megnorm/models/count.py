@@ -8,7 +8,7 @@ from typing import Any
 
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, plain_norm
-from megnorm.norms.scheme import FFN, Attention, Norm, Second
+from megnorm.norms.scheme import FFN, Attention, Mix, Norm, Second
 
 
 def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
@@ -47,6 +47,8 @@ def count_parameters(m: ModelConfig, resolved: Resolved, *, experts: int | None 
                 for scale in (part.residual.skip, part.residual.branch, second.share):
                     if scale.learned and not (scale.shared and place):
                         tally.add("scale", m.width if scale.learned == "width" else 1)
+                if part.mix is not None:
+                    tally.mix(part.mix)
                 gate = part.residual.gate
                 if gate is not None and not (gate.shared and place):
                     tally.add("scale", 1)
@@ -90,6 +92,14 @@ class _Tally:
         for ends in (stack.streams for stack in stacks if stack.streams is not None):
             self.norm(ends.x, 1, d)
             self.norm(ends.y, 1, d)
+            if ends.exit is not None:
+                self.mix(ends.exit, exits=True)
+
+    def mix(self, mix: Mix, *, exits: bool = False) -> None:
+        kinds, units = mix.kinds(exits=exits), 1 if mix.rule == "tanh" else mix.streams
+        self.add("scale", max(kinds) + 1 + mix.biases(exits=exits))
+        self.add("mix", len(kinds) * units * self.m.width)
+        self.norm(mix.norm, units, self.m.width)
 
     def attention(self, a: Attention) -> None:
         m = self.m

@@ -35,7 +35,7 @@ class EncoderDecoder(nn.Module):
     """An encoder-decoder, or the stage of one: the layers [first, last), the encoder's counted before the decoder's.
 
     Stages of the encoder hand on the stream [s, b, d], the last of them the encoder's output; stages of the decoder hand
-    on that output and their stream, one behind the other: [s + t, b, d], with two streams [s + 2 t, b, d].
+    on that output and their stream, one behind the other: [s + t, b, d], with n streams [s + n t, b, d].
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class EncoderDecoder(nn.Module):
         border, n, dtype = self.begin if into else self.end, self.cfg.source_layers, self.env.compute or self.env.dtype
         if border < n:
             return shape_of(s // self.env.mesh.sp.size, b, self.cfg.width, self.streams), dtype
-        length = s if border == n else s + len(batch.tokens) * (1 if self.streams is None else 2)
+        length = s if border == n else s + len(batch.tokens) * (1 if self.streams is None else self.streams.count)
         return (length // self.env.mesh.sp.size, b, self.cfg.width), dtype
 
     def states(self, batch: Pairs, carry: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ class EncoderDecoder(nn.Module):
         elif carry is not None and self.begin > self.cfg.source_layers:
             length = len(batch.source) // self.env.mesh.sp.size
             memory, x = carry[:length], carry[length:]
-            x = x if self.streams is None else x.unflatten(0, (2, -1))
+            x = x if self.streams is None else x.unflatten(0, (self.streams.count, -1))
         assert memory is not None
         if not self.has_decoder:
             return memory

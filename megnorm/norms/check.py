@@ -7,6 +7,7 @@ from typing import Any
 from megnorm.norms.parts import (
     FFN,
     GAINS,
+    MIXES,
     NORM_KINDS,
     RULES,
     SOURCES,
@@ -16,6 +17,7 @@ from megnorm.norms.parts import (
     Gate,
     Init,
     Layer,
+    Mix,
     Norm,
     Residual,
     Scale,
@@ -44,10 +46,9 @@ def formulas(value: Any, path: str) -> Iterator[tuple[str, Formula]]:
         names: tuple[str, ...] = ("alpha", "weight_init", "scale") if isinstance(value, Norm) else ("value",)
         names += ("warmup",) if isinstance(value, Scale) else ()
         yield from ((f"{path}.{n}", getattr(value, n)) for n in names if getattr(value, n) is not None)
-    if isinstance(value, Second | Streams):
-        number = "write" if isinstance(value, Second) else "entry"
-        yield f"{path}.{number}", getattr(value, number)
-    if isinstance(value, Layer | SubLayer | Residual | Second | Streams | Init):
+    own = {Second: ("write",), Streams: ("entry", "share"), Mix: ("scale", "first")}.get(type(value), ())
+    yield from ((f"{path}.{name}", getattr(value, name)) for name in own)
+    if isinstance(value, Layer | SubLayer | Residual | Second | Streams | Mix | Init):
         for item in fields(value):
             yield from formulas(getattr(value, item.name), f"{path}.{item.name}")
     elif isinstance(value, Mapping):
@@ -107,10 +108,16 @@ def _check_sublayer(path: str, sub: SubLayer) -> None:
         _check_scale(f"{path}.residual.{name}", getattr(residual, name))
     _check_gate(f"{path}.residual.gate", residual.gate, sub)
     _check_second(f"{path}.second", sub.second, residual)
+    if sub.mix is not None:
+        check_mix(f"{path}.mix", sub.mix)
+        if residual != Residual() or sub.post is not None:
+            raise SchemeError(
+                f"{path}.mix: streams mixed by token have no other residual and no post norm; leave them out"
+            )
     if isinstance(sub, Attention) and sub.head_scale not in (None, "pre_projection", "post_projection"):
         raise SchemeError(f"{path}.head_scale: '{sub.head_scale}' is neither 'pre_projection' nor 'post_projection'")
     for item in fields(sub):
-        if item.name not in ("residual", "head_scale", "second"):
+        if item.name not in ("residual", "head_scale", "second", "mix"):
             sites = ("width", "head") if item.name in ("q", "k", "v", "context") else ("width",)
             check_norm(f"{path}.{item.name}", getattr(sub, item.name), sites)
 
@@ -144,6 +151,55 @@ def _check_second(path: str, second: Second | None, residual: Residual) -> None:
         raise SchemeError(f"{path}.share: F reads the first stream alone; give read, or leave share out")
     if second.share.shared or second.share.warmup != 0.0:
         raise SchemeError(f"{path}.share: it is this sub-layer's own and does not grow; leave shared and warmup out")
+
+
+def check_mix(path: str, mix: Mix) -> None:
+    if not isinstance(mix, Mix):
+        raise SchemeError(f"{path}: give Mix(...) or None, in YAML {{streams: ...}} or null, not {mix!r}")
+    if mix.rule not in MIXES:
+        raise SchemeError(f"{path}.rule: no rule '{mix.rule}'; rules are {', '.join(MIXES)}")
+    for name, least in (("streams", 2), ("rounds", 1)):
+        number = getattr(mix, name)
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise SchemeError(f"{path}.{name}: {number!r} is no whole number from {least}")
+    if not mix.eps >= 0:
+        raise SchemeError(f"{path}.eps: {mix.eps} is negative")
+    if mix.norm is None:
+        raise SchemeError(f"{path}.norm: what a token's weights are read from is normalized; give Norm(...)")
+    check_norm(f"{path}.norm", mix.norm, ("width",))
+
+
+def check_streams(path: str, sub: SubLayer, streams: Streams | None) -> None:
+    """Whether a sub-layer has the streams that its scheme has."""
+    if streams is not None and streams.mixed:
+        if sub.second is not None or sub.mix is None or sub.mix.streams != streams.mixed:
+            raise SchemeError(
+                f"{path}: every sub-layer mixes the {streams.mixed} of streams.mixed; declare mix alike in all"
+            )
+        return
+    if sub.mix is not None:
+        raise SchemeError(f"{path}: mix needs streams, with mixed={sub.mix.streams}")
+    if (sub.second is None) != (streams is None):
+        raise SchemeError(f"{path}: two streams are declared by streams, and by second in every sub-layer")
+
+
+def check_ends(path: str, streams: Streams | None) -> None:
+    if streams is None:
+        return
+    for end in ("x", "y"):
+        check_norm(f"{path}.{end}", getattr(streams, end), ("width",))
+    if streams.mixed and (streams.x is not None or streams.y is not None or streams.entry != 1.0):
+        raise SchemeError(
+            f"{path}: entry, x and y are of two streams, not of {streams.mixed} mixed ones; leave them out"
+        )
+    if not streams.mixed and (streams.exit is not None or streams.share != 1.0):
+        raise SchemeError(f"{path}: share and exit are of mixed streams; set mixed, or leave them out")
+    if streams.exit is not None:
+        check_mix(f"{path}.exit", streams.exit)
+        if streams.exit.rule != "sinkhorn" or streams.exit.streams != streams.mixed or streams.share != 1.0:
+            raise SchemeError(
+                f"{path}.exit: the end reads all {streams.mixed} streams by rule 'sinkhorn', in place of share"
+            )
 
 
 def _check_gate(path: str, gate: Gate | None, sub: SubLayer) -> None:

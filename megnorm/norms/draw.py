@@ -1,8 +1,8 @@
 """A scheme's wiring as SVG, drawn from its resolved declaration; data flows upwards.
 
 Grey boxes are matrices and attention, blue ones norms, green circles factors. What stands on the left line is done to
-the residual stream itself; what stands in the right column belongs to a branch; a red line is a second stream, or a skip of its
-own. Layers wired differently get a panel each.
+the residual stream itself; what stands in the right column belongs to a branch; a red line is a second stream, the
+weights of streams that tokens mix, or a skip of its own. Layers wired differently get a panel each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -125,7 +125,10 @@ def _stack(resolved: Resolved, mixed: bool) -> Panel:
     ends = resolved.streams
     for name, norm in (("X", ends.x), ("Y", ends.y)) if ends is not None else ():
         boxes += [(f"{name}: {panel.name(norm)}", "norm")] if norm is not None else []
-    boxes += [("X + Y", "add")] if ends is not None else []
+    if ends is not None and ends.exit is not None:
+        boxes += [(f"weights: {panel.name(ends.exit.norm)}", "norm")]  # type: ignore[arg-type]
+    if ends is not None:
+        boxes += [(f"sum of {ends.mixed}" if ends.mixed else "X + Y", "add")]
     boxes += [(panel.name(resolved.final), "norm")] if resolved.final is not None else []
     boxes += [("head", "matrix")]
     for i, (words, kind) in enumerate(boxes):
@@ -167,6 +170,8 @@ def _sublayer(panel: Panel, name: str, subs: Sequence[SubLayer], layer_start: fl
         panel.y = begin - STEP - 4
     tap = panel.y - 6
     panel.dot(STREAM, tap)
+    if sub.mix is not None:
+        _weights(panel, subs, tap)
     _branch(panel, name, subs, tap)
     join = panel.y - 12
     panel.wire((BRANCH, panel.y), (BRANCH, join), (STREAM + 10, join), arrow=True)
@@ -203,6 +208,8 @@ def _branch(panel: Panel, name: str, subs: Sequence[SubLayer], tap: float) -> No
     panel.wire((STREAM, tap), (BRANCH, tap), (BRANCH, panel.y))
     if sub.second is not None and sub.second.read is not None:
         _read(panel, subs)
+    if sub.mix is not None:
+        _step(panel, lambda y: panel.factor(BRANCH, y, "read", "left"))
     if sub.input is not None and sub.residual.source == "stream":
         _step(panel, lambda y: _norm(panel, BRANCH, y, [s.input for s in subs], "left"))
     (_attention if isinstance(sub, Attention) else _ffn)(panel, subs)
@@ -211,9 +218,19 @@ def _branch(panel: Panel, name: str, subs: Sequence[SubLayer], tap: float) -> No
     _frame(panel, name, bottom, panel.y - 2)
     if sub.second is not None:
         _step(panel, lambda y: _write(panel, subs, y))
-    words = _factor_words([s.residual.branch for s in subs])
+    words = "write" if sub.mix is not None else _factor_words([s.residual.branch for s in subs])
     if words:
         _step(panel, lambda y: panel.factor(BRANCH, y, words, "left"))
+
+
+def _weights(panel: Panel, subs: Sequence[SubLayer], tap: float) -> None:
+    """The weights that tokens give their streams, and the mixing of these; "read" and "write" stand in the branch."""
+    norms = [s.mix.norm for s in subs if s.mix is not None]
+    top = tap - 22 - STEP
+    panel.wire((STREAM, tap), (SECOND, tap), (SECOND, top), (STREAM - 10, top), arrow=True, extra=True)
+    panel.box(SECOND, tap - 22, panel.name(norms[0]), "norm", 44)  # type: ignore[arg-type]
+    panel.box(SECOND, top, "weights", "matrix", 50)
+    panel.factor(STREAM, top, "mix", "left")
 
 
 def _read(panel: Panel, subs: Sequence[SubLayer]) -> None:

@@ -30,7 +30,8 @@ NORM_KINDS = ("layernorm", "rmsnorm", "l2", "scalenorm", "dyt", "derf", "seednor
 GAINS = ("vector", "scalar", "one_plus", "per_head", "none")
 SOURCES = ("stream", "input")
 RULES = ("add",)
-BLOCK_ROLES = ("q", "k", "v", "o", "up", "gate", "down", "router")
+BLOCK_ROLES = ("q", "k", "v", "o", "up", "gate", "down", "router", "mix")
+MIXES = ("tanh", "sinkhorn")
 ROLES = ("embed", "position", *BLOCK_ROLES, "head")
 
 
@@ -115,24 +116,71 @@ class Second:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How n streams X_1 .. X_n are read, mixed and written to, by weights that each token gives them (hyper-connections).
+
+    F reads sum_s read_s X_s; then X_t' = sum_s mix_st X_s + write_t * y, y = output(F(u)). With a learned map M, learned
+    scales c that start at ``scale`` and learned biases b:
+
+    rule "tanh": (read_s, mix_s1 .. mix_sn, write_s) = c tanh(M norm(X_s)) + b_s, c one for read and mix, one for write. b
+    starts such that F reads stream ``first``, every stream stays what it is, and y goes to all.
+    rule "sinkhorn": with m = c M norm(X_1, .., X_n side by side) + b, c one for each of the three, b starting at 0:
+    read = sigmoid(m) + eps, write = 2 sigmoid(m), mix = softmax(m) by row + eps, whose columns, then ``rounds`` - 1 times
+    rows and columns, are divided by their sums + eps.
+    """
+
+    streams: int = 4
+    rule: Literal["tanh", "sinkhorn"] = "sinkhorn"
+    norm: Norm | None = None
+    scale: Formula = 0.01
+    first: Formula = 0.0
+    rounds: int = 20
+    eps: float = 1e-6
+
+    def kinds(self, *, exits: bool = False) -> tuple[int, ...]:
+        """For each row of M, which of the learned scales it has; exits: where streams are only read."""
+        n = self.streams
+        if self.rule == "tanh":
+            return *(0,) * (n + 1), 1
+        return (0,) * n if exits else (*(0,) * n, *(1,) * n, *(2,) * (n * n))
+
+    def biases(self, *, exits: bool = False) -> int:
+        """How many there are: rule "tanh" has its own for each stream."""
+        return len(self.kinds(exits=exits)) * (self.streams if self.rule == "tanh" else 1)
+
+
+@dataclass(frozen=True)
 class Streams:
     """The ends of two streams: X begins as the embedding and Y as ``entry`` times it; behind the last layer x(X) + y(Y) goes
-    to the final norm. An absent norm is the identity."""
+    to the final norm. An absent norm is the identity.
+
+    mixed: the number of streams where they are mixed by token (``Mix``), else 0. Each of those begins as the embedding, and
+    ``share`` times their sum goes to the final norm, or what F would read of them by ``exit``.
+    """
 
     entry: Formula = 1.0
     x: Norm | None = None
     y: Norm | None = None
+    mixed: int = 0
+    share: Formula = 1.0
+    exit: Mix | None = None
+
+    @property
+    def count(self) -> int:
+        return self.mixed or 2
 
 
 @dataclass(frozen=True)
 class SubLayer:
-    """The norm sites around a branch, and how the branch returns to the stream. second: with a second stream."""
+    """The norm sites around a branch, and how the branch returns to the stream. second: with a second stream. mix: with
+    streams mixed by token, in place of the residual."""
 
     input: Norm | None = None
     output: Norm | None = None
     post: Norm | None = None
     residual: Residual = Residual()
     second: Second | None = None
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True)

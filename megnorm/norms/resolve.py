@@ -17,6 +17,7 @@ from megnorm.norms.scheme import (
     Gate,
     Init,
     Layer,
+    Mix,
     Norm,
     Residual,
     Scale,
@@ -119,9 +120,11 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
         residual["skip"], residual["branch"] = Scale(**residual["skip"]), Scale(**residual["branch"])
         residual["gate"] = Gate(**residual["gate"]) if residual.get("gate") else None  # older files have none
         rest = {
-            k: norm(v) if isinstance(v, Mapping) else v for k, v in value.items() if k not in ("residual", "second")
+            k: norm(v) if isinstance(v, Mapping) else v
+            for k, v in value.items()
+            if k not in ("residual", "second", "mix")
         }
-        return cls(**rest, residual=Residual(**residual), second=second(value.get("second")))
+        return cls(**rest, residual=Residual(**residual), second=second(value.get("second")), mix=mix(value.get("mix")))
 
     def second(value: Mapping[str, Any] | None) -> Second | None:
         if value is None:
@@ -129,8 +132,13 @@ def from_json(data: Mapping[str, Any]) -> Resolved:
         norms = {"start": norm(value["start"]), "read": norm(value["read"])}
         return Second(**norms, share=Scale(**value["share"]), write=value["write"])
 
+    def mix(value: Mapping[str, Any] | None) -> Mix | None:
+        return None if value is None else Mix(**{**value, "norm": norm(value["norm"])})
+
     def streams(value: Mapping[str, Any] | None) -> Streams | None:
-        return None if value is None else Streams(value["entry"], norm(value["x"]), norm(value["y"]))
+        if value is None:
+            return None
+        return Streams(**{**value, "x": norm(value["x"]), "y": norm(value["y"]), "exit": mix(value.get("exit"))})
 
     layers = tuple(
         Layer(
@@ -187,7 +195,12 @@ def _numbers(value: Any, depth: Depth, config: NormConfig, path: str) -> Any:
     if callable(value) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return evaluate(value, depth, path)
     if is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: _numbers(getattr(value, f.name), depth, config, f"{path}.{f.name}") for f in fields(value)}
+        counts = ("streams", "rounds", "mixed")  # whole numbers, no formulas
+        changes = {
+            f.name: _numbers(getattr(value, f.name), depth, config, f"{path}.{f.name}")
+            for f in fields(value)
+            if f.name not in counts
+        }
         return replace(value, **changes)
     return value
 
@@ -211,7 +224,7 @@ _TYPES: dict[str, type] = {
     "layer": Layer, "attention": Attention, "cross_attention": Attention, "ffn": FFN, "residual": Residual,
     "skip": Scale, "branch": Scale, "gate": Gate, "init": Init, "input": Norm, "output": Norm, "post": Norm, "q": Norm,
     "k": Norm, "v": Norm, "context": Norm, "inner": Norm, "embedding": Norm, "final": Norm, "second": Second, "start": Norm,
-    "read": Norm, "share": Scale, "streams": Streams, "x": Norm, "y": Norm,
+    "read": Norm, "share": Scale, "streams": Streams, "x": Norm, "y": Norm, "mix": Mix, "norm": Norm, "exit": Mix,
 }  # fmt: skip
 
 

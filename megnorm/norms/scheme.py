@@ -11,22 +11,23 @@ An absent norm is the identity. Inside ``F`` further norms may stand: ``q``, ``k
 ``inner`` (before W_down). Nothing here is a tensor and nothing here runs: ``norms/resolve.py`` turns the formulas into
 numbers, ``layers/sublayer.py`` reads the numbers. Only the standard library is imported.
 
-Two streams X and Y (``Second``, ``Streams``): X is the stream above, Y gathers what branches say and may be read with it.
+Two streams X and Y (``Second``, ``Streams``): X is the stream above, Y gathers what branches say and may be read with it. More
+streams, mixed by weights that each token gives them (``Mix``), have that in place of the residual.
 
-Room for what is not here yet, each by a field whose default leaves today's schemes as they are. More streams, mixed by token
-(hyper-connections): ``Residual.rule`` names another rule of ``layers/residual.py``, with parameters of its own. A projection of
-weights after each step: a field of Init, by role.
+Room for what is not here yet, by a field whose default leaves today's schemes as they are: a projection of weights after each
+step, of Init, by role.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megnorm.norms.check import PROBES, check_layer, check_norm, check_where, formulas
+from megnorm.norms.check import PROBES, check_ends, check_layer, check_norm, check_streams, check_where, formulas
 from megnorm.norms.parts import (
     BLOCK_ROLES,
     FFN,
     GAINS,
+    MIXES,
     NORM_KINDS,
     ROLES,
     Attention,
@@ -35,6 +36,7 @@ from megnorm.norms.parts import (
     Gate,
     Init,
     Layer,
+    Mix,
     Norm,
     Residual,
     Scale,
@@ -47,8 +49,9 @@ from megnorm.norms.parts import (
 )
 
 __all__ = [
-    "BLOCK_ROLES", "FFN", "GAINS", "NORM_KINDS", "ROLES", "Attention", "Depth", "Formula", "Gate", "Init", "Layer", "Norm",
-    "Residual", "Scale", "Scheme", "SchemeError", "Second", "Streams", "SubLayer", "Where", "check", "evaluate", "warnings_for",
+    "BLOCK_ROLES", "FFN", "GAINS", "MIXES", "NORM_KINDS", "ROLES", "Attention", "Depth", "Formula", "Gate", "Init",
+    "Layer", "Mix", "Norm", "Residual", "Scale", "Scheme", "SchemeError", "Second", "Streams", "SubLayer", "Where",
+    "check", "evaluate", "warnings_for",
 ]  # fmt: skip
 
 
@@ -85,12 +88,9 @@ def check(scheme: Scheme) -> None:
     for path, layer in layers:
         check_layer(f"{scheme.name}: {path}", layer)
         for sub in (layer.attention, layer.cross_attention, layer.ffn):
-            if sub is not None and (sub.second is None) != (scheme.streams is None):
-                raise SchemeError(
-                    f"{scheme.name}: {path}: two streams are declared by streams, and by second in every sub-layer"
-                )
-    for end in ("x", "y"):
-        check_norm(f"{scheme.name}: streams.{end}", getattr(scheme.streams, end, None), ("width",))
+            if sub is not None:
+                check_streams(f"{scheme.name}: {path}", sub, scheme.streams)
+    check_ends(f"{scheme.name}: streams", scheme.streams)
     for part in ("embedding", "final"):
         check_norm(f"{scheme.name}: {part}", getattr(scheme, part), ("width",))
     for role in scheme.init.gain:

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from megnorm.norms.resolve import Resolved
-from megnorm.norms.scheme import Attention, Layer, Norm, Scale, Scheme
+from megnorm.norms.scheme import Attention, Layer, Mix, Norm, Scale, Scheme
 from megnorm.norms.table import norms, scales, sublayers
 
 
@@ -39,6 +39,8 @@ def wiring(value: Any) -> Any:
         return replace(value, scale=1.0, weight_init=1.0, alpha=None)
     if isinstance(value, Scale):
         return replace(value, value=1.0, warmup=float(value.warmup != 0.0))
+    if isinstance(value, Mix):
+        return replace(value, scale=1.0, first=0.0)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: wiring(getattr(value, item.name)) for item in fields(value)})
     return value
@@ -61,8 +63,11 @@ def describe(scheme: Scheme, resolved: Resolved) -> Iterator[str]:
             subs = [sublayers(layer)[i][1] for layer in group.layers]
             words = list(_sites(subs)) + list(_residual(subs))
             yield f"    {name:<10}" + ("; ".join(words) or "no norm, x + F(x)")
-    if resolved.streams is not None:
-        ends = resolved.streams
+    ends = resolved.streams
+    if ends is not None and ends.mixed:
+        how = f"{float(ends.share):.4g} times their sum" if ends.exit is None else "what learned weights read of them"  # type: ignore[arg-type]
+        yield f"  streams     {ends.mixed}, all from the embedding; they end in {how}"
+    elif ends is not None:
         yield f"  streams     two; the second begins as {span([ends.entry])} of the embedding; they end in a sum of"
         yield f"    first     {_outside(ends.x)}"
         yield f"    second    {_outside(ends.y)}"
@@ -111,6 +116,9 @@ def _residual(subs: Sequence[Any]) -> Iterator[str]:
     if second is not None:
         read = "" if second.read is None else ", read with the first"
         yield f"second stream: adds {span([sub.second.write for sub in subs])} of the branch{read}"
+    mix = subs[0].mix
+    if mix is not None:
+        yield f"{mix.streams} streams mixed by token, rule {mix.rule}, scales from {span([sub.mix.scale for sub in subs])}"
     if subs[0].residual.layer_input:
         yield "adds the layer's input"
 

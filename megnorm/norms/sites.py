@@ -3,7 +3,7 @@
     site                          tensor on a rank            over    weight  statistics  gradient sum over tp
     input output post embedding   [s/tp, b, d] with sequence  width   whole   local       only with sequence
     final, start, read, x, y,     parallelism, else [s, b, d]                             parallelism
-    learned scales
+    mix, learned scales
     q, context                    [s, b, (h/tp) hd]           head    whole   local       always
     k, v                          [s, b, (kv/tp) hd]          head    whole   local       always
     q, k, v, context              as above                    width   split   over tp     over replicas of kv heads
@@ -15,7 +15,7 @@ The row "always" is the easy one to miss: a per-head gain is shared by all heads
 from dataclasses import dataclass
 from typing import Literal
 
-STREAM_SITES = ("input", "output", "post", "embedding", "final", "start", "read", "x", "y")
+STREAM_SITES = ("input", "output", "post", "embedding", "final", "start", "read", "mix", "x", "y")
 QUERY_SITES = ("q", "context")
 KV_SITES = ("k", "v")
 

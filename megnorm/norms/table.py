@@ -11,7 +11,7 @@ from typing import Protocol
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import Resolved, resolve
-from megnorm.norms.scheme import Attention, Layer, Norm, Scale, SubLayer
+from megnorm.norms.scheme import Attention, Layer, Mix, Norm, Scale, SubLayer
 
 # operations for one feature, without gain, bias and constant factor
 OPERATIONS = {"rmsnorm": 3, "layernorm": 5, "l2": 3, "scalenorm": 3, "dyt": 2, "derf": 3, "seednorm": 8}
@@ -106,13 +106,14 @@ def sublayers(layer: Layer) -> tuple[tuple[str, SubLayer], ...]:
     return ("attention", layer.attention), ("ffn", layer.ffn)
 
 
-SITES = ("start", "read", "input", "q", "k", "v", "context", "inner", "output", "post")
+SITES = ("mix", "start", "read", "input", "q", "k", "v", "context", "inner", "output", "post")
 
 
 def norms(sub: SubLayer) -> Iterator[tuple[str, Norm]]:
     """The norms of a sub-layer with their sites, in the order in which data meets them."""
     for site in SITES:
         norm = getattr(sub.second if site in ("start", "read") else sub, site, None)
+        norm = norm.norm if isinstance(norm, Mix) else norm
         if norm is not None:
             yield site, norm
 
@@ -120,7 +121,7 @@ def norms(sub: SubLayer) -> Iterator[tuple[str, Norm]]:
 def outside(resolved: Resolved) -> Iterator[tuple[str, Norm]]:
     """The norms outside layers, with their sites."""
     streams = resolved.streams
-    ends = () if streams is None else (("x", streams.x), ("y", streams.y))
+    ends = () if streams is None else (("x", streams.x), ("y", streams.y), ("mix", streams.exit and streams.exit.norm))
     for site, norm in (("embedding", resolved.embedding), *ends, ("final", resolved.final)):
         if norm is not None:
             yield site, norm
@@ -138,9 +139,13 @@ def _features(site: str) -> str:
 
 
 def parameters(layer: Layer) -> Counter[str]:
-    """Norm and scale parameters of a resolved layer: how many of each symbol (d, f, hd, h hd, kv hd, h, 1)."""
+    """Parameters of norms, scales and mixing in a resolved layer: how many of each symbol (d, f, hd, h hd, kv hd, h, 1)."""
     count: Counter[str] = Counter()
     for place, sub in sublayers(layer):
+        if sub.mix is not None:
+            kinds = sub.mix.kinds()
+            count["d"] += len(kinds) * (1 if sub.mix.rule == "tanh" else sub.mix.streams)
+            count["1"] += max(kinds) + 1 + sub.mix.biases()
         for site, norm in norms(sub):
             vector = "hd" if norm.over == "head" else _features(site)
             gain = {"vector": vector, "one_plus": vector, "per_head": _features(site), "scalar": "1"}
@@ -181,13 +186,15 @@ def _norm_flops(norm: Norm) -> int:
 def flops(resolved: Resolved, sizes: Sizes) -> int:
     """Floating-point operations of norms, scales and extra adds for one token."""
     total = sum(_norm_flops(norm) * sizes.width for _, norm in outside(resolved))
-    total += sizes.width * (resolved.streams is not None)
+    streams = resolved.streams
+    total += 0 if streams is None else sizes.width * (streams.count - 1)
+    total += 0 if streams is None or streams.exit is None else 2 * sizes.width * streams.mixed * (1 + streams.mixed)
     for layer in resolved.layers:
         for _, sub in sublayers(layer):
             total += sum(_norm_flops(norm) * _number(_features(site), sizes) for site, norm in norms(sub))
             total += sizes.width * sum(scale != Scale() for _, scale in scales(sub))
             total += 2 * sizes.width * (sub.residual.gate is not None)
-            total += _second(sub, sizes, 1)
+            total += _second(sub, sizes, 1) + _mix_flops(sub.mix, sizes)
             total += sizes.width * sub.residual.layer_input + _head_scale(sub, sizes)
     return total
 
@@ -198,19 +205,33 @@ def elements_moved(resolved: Resolved, sizes: Sizes) -> int:
     Factors on skip and branch ride on the residual add and move nothing.
     """
     total = sum(2 * sizes.width for _ in outside(resolved))
-    total += 2 * sizes.width * (resolved.streams is not None)
+    streams = resolved.streams
+    total += 0 if streams is None else sizes.width * streams.count * (1 if streams.exit is None else 2)
     for layer in resolved.layers:
         for _, sub in sublayers(layer):
             total += sum(2 * _number(_features(site), sizes) for site, _ in norms(sub))
             total += sizes.width * sub.residual.layer_input + 2 * _head_scale(sub, sizes)
             total += 2 * sizes.width * (sub.residual.gate is not None)
             total += _second(sub, sizes, 3)
+            # beside the norm of one stream and the plain add: the norms of the others, and streams read twice and written
+            total += 0 if sub.mix is None else sizes.width * (2 * (sub.mix.streams - 1) + 3 * sub.mix.streams)
     return total
 
 
 def _second(sub: SubLayer, sizes: Sizes, each: int) -> int:
     """Of adding to a second stream, and of adding it to what F reads; each: for one feature."""
     return 0 if sub.second is None else each * sizes.width * (1 + (sub.second.read is not None))
+
+
+def _mix_flops(mix: Mix | None, sizes: Sizes) -> int:
+    """Of the map and of what its weights multiply, beyond the plain add and the norm of one stream; the few operations on the
+    weights themselves left out."""
+    if mix is None:
+        return 0
+    n, rows = mix.streams, len(mix.kinds())
+    assert mix.norm is not None
+    products = 2 * rows * n + 2 * n + 2 * n * n + 2 * n - 1
+    return sizes.width * (products + _norm_flops(mix.norm) * (n - 1))
 
 
 def _head_scale(sub: SubLayer, sizes: Sizes) -> int:

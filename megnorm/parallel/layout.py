@@ -22,7 +22,7 @@ class Matrix:
 
     name: "" if the parameter is this matrix alone (its logical name is then the module path), else the name under the
     owning module's parent: the "q" of ``blocks.0.attention.qkv.weight`` is ``blocks.0.attention.q.weight``.
-    role: embed | position | q | k | v | o | up | gate | down | router | head, or "norm", "bias", "scale".
+    role: embed | position | q | k | v | o | up | gate | down | router | mix | head, or "norm", "bias", "scale".
     shape: global. offset, local: where this rank's slice begins in it, and the slice's shape.
     dim, start: the slice lies in the storage at ``storage.narrow(dim, start, local[dim])``.
     grad_sum: the mesh axis over which gradients of this slice are partial sums ("tp", "kv", "ends" or a tie) or None.

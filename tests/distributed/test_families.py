@@ -62,6 +62,10 @@ BESIDE = [
     case("resi_dual", "t5", "pp4", 3),
     case("siamese", "bert", "tp2 pp2", 1),
     case("siamese_hybrid", "bart", "tp2 pp2", 2),
+    case("mhc", "nmt", "tp2 pp2 interleaved", 1),
+    case("mhc", "bert", "tp2 pp2", 2),
+    case("hyper_connections", "t5", "pp4", 2),
+    case("hyper_connections", "bart", "tp2 pp2", 1),
     case("gpas", "nmt", "tp2", 4),
     case("prores", "t5", "tp2 pp2", 5),
 ]

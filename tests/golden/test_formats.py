@@ -164,7 +164,6 @@ def test_remarks_in_brackets() -> None:
 @pytest.mark.parametrize(
     ("data", "tensors", "reason"),
     [
-        ({"config": {"streams": 3}}, (), "streams mixed by token"),
         ({"config": {"patch": 4}}, (), "a vision model"),
         ({"config": {"base_scale": 0.1}}, ("param.sz",), "weights projected after each step"),
         ({"config": {"add_value_residual": True}}, (), "value residual"),

@@ -28,6 +28,8 @@ SCHEMES = {
     "fairseq_lm__normformer": "normformer",
     "frontier/gpas_repo_deeppost": "deepnorm_llama",
     "frontier/gpas": "gpas",
+    "frontier/hc_dynamic": "hyper_connections",
+    "frontier/hf_deepseek_v4_mhc": "mhc",
     "frontier/lns": "lns",
     "frontier/mixln_deeppost": "deepnorm_llama",
     "frontier/mixln_post": "postln",
@@ -70,7 +72,7 @@ SCHEMES = {
     "hf/": "preln",  # and its import's patch
 }
 NOT_COVERED = {
-    "streams mixed by token", "a vision model", "weights projected after each step", "value residual",
+    "a vision model", "weights projected after each step", "value residual",
     "one balance loss of all layers together",
     *(f"megnorm does not import model_type '{kind}'" for kind in ("gptj", "mbart", "t5")),
 }  # fmt: skip
@@ -93,12 +95,12 @@ def test_golden(shared: Path, name: str) -> None:
 
 
 def test_every_kind_is_there(shared: Path) -> None:
-    """The expectations above are not vacuous: 80 of the shared goldens are of covered kinds."""
+    """The expectations above are not vacuous: 82 of the shared goldens are of covered kinds."""
     covered = 0
     for name in ALL:
         with contextlib.suppress(NotCovered):
             covered += isinstance(load(FOLDER / name), Case)
-    assert covered == 80
+    assert covered == 82
 
 
 @pytest.mark.parametrize("name", ["hybridnorm_star", "mix_ln", "first_qkv_pre", "kc_post", "pre_post"])

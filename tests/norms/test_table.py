@@ -30,7 +30,7 @@ def test_parameters_are_those_of_the_model(name: str, kind: str) -> None:
     resolved = resolve(cfg.norm, cfg.layers)
     found = [0] * cfg.layers
     for named in named_matrices(build_model(cfg)):
-        if named.matrix.role in ("norm", "scale") and named.name.startswith("blocks."):
+        if named.matrix.role in ("norm", "scale", "mix") and named.name.startswith("blocks."):
             found[int(named.name.split(".")[1])] += named.view().numel()
     for i, layer in enumerate(resolved.layers):
         assert sum(SYMBOLS[s] * n for s, n in parameters(layer).items()) == found[i]
@@ -104,14 +104,17 @@ def test_drawings_show_every_norm_and_factor(name: str) -> None:
     shown = [sub for group in groups(resolved) for _, sub in sublayers(group.layers[-1])]
     assert classes.count("norm") == len(list(outside(resolved))) + sum(len(list(norms(sub))) for sub in shown)
     assert classes.count("wire extra") == sum(
-        sub.residual.layer_input + (0 if sub.second is None else 2 + (sub.second.read is not None)) for sub in shown
+        sub.residual.layer_input
+        + (0 if sub.second is None else 2 + (sub.second.read is not None))
+        + (sub.mix is not None)
+        for sub in shown
     )
     factors = sum(
         scale.learned is not None or scale.value != 1.0 or scale.warmup != 0.0
         for sub in shown
         for _, scale in scales(sub)
     ) + sum((getattr(sub, "head_scale", None) is not None) + (sub.residual.gate is not None) for sub in shown)
-    assert classes.count("scale") == factors
+    assert classes.count("scale") == factors + 3 * sum(sub.mix is not None for sub in shown)
     left, low, width, high = map(float, root.get("viewBox", "").split())
     assert left == 0 and low < 0 < low + high and width > 500
 

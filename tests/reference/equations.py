@@ -363,10 +363,61 @@ def siamese_hybrid(m: Model, x: Tensor) -> Tensor:
     return join(x + o / math.sqrt(2 * m.l), y + o)
 
 
+@scheme(final=True)
+def hyper_connections(m: Model, x: Tensor, streams: int = 4) -> Tensor:
+    n = streams
+    for f, body in (("attention", m.A), ("ffn", m.F)):
+        xs, b, c = x.chunk(n, -1), m.p(f"{f}.mix.bias"), m.p(f"{f}.mix.scale")
+        units = [math.sqrt(y.shape[-1]) * y / (y**2).sum(-1, keepdim=True) ** 0.5 for y in xs]
+        raw = [torch.tanh((1 + m.p(f"{f}.mix.norm.weight")) * v @ m.p(f"{f}.mix.map").T) for v in units]
+        alpha = [c[0] * raw[s][..., : n + 1] + b[s, : n + 1] for s in range(n)]
+        beta = [c[1] * raw[s][..., n + 1] + b[s, n + 1] for s in range(n)]
+        o = body(m.N(f"{f}.input_norm", sum(alpha[s][..., 0, None] * xs[s] for s in range(n))))
+        new = [sum(alpha[s][..., 1 + t, None] * xs[s] for s in range(n)) + beta[t][..., None] * o for t in range(n)]
+        x = torch.cat(new, -1)
+    return x
+
+
+@scheme(final=True)
+def mhc(m: Model, x: Tensor, streams: int = 4, rounds: int = 20, **options: Any) -> Tensor:
+    n = streams
+    for f, body in (("attention", m.A), ("ffn", m.F)):
+        c, b = m.p(f"{f}.mix.scale"), m.p(f"{f}.mix.bias")
+        raw = unit(x) @ m.p(f"{f}.mix.map").T
+        pre, post = sigmoid(c[0] * raw[..., :n] + b[:n]) + 1e-6, 2 * sigmoid(c[1] * raw[..., n : 2 * n] + b[n : 2 * n])
+        grid = (c[2] * raw[..., 2 * n :] + b[2 * n :]).exp().unflatten(-1, (n, n))
+        grid = grid / grid.sum(-1, keepdim=True) + 1e-6
+        for turn in range(2 * rounds - 1):
+            grid = grid / (grid.sum(-2 if turn % 2 == 0 else -1, keepdim=True) + 1e-6)
+        xs = x.chunk(n, -1)
+        o = body(m.N(f"{f}.input_norm", sum(pre[..., s, None] * xs[s] for s in range(n))))
+        new = [sum(grid[..., s, t, None] * xs[s] for s in range(n)) + post[..., t, None] * o for t in range(n)]
+        x = torch.cat(new, -1)
+    return x
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / ((x**2).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5
+
+
+def learned_exit(m: Model, x: Tensor, n: int) -> Tensor:
+    """What mhc makes of its streams behind the layers."""
+    weight, bias, scale = (m.get(f"joined.mix.{name}") for name in ("map", "bias", "scale"))
+    assert weight is not None and bias is not None and scale is not None
+    share = sigmoid(scale * (unit(x) @ weight.T) + bias) + 1e-6
+    return sum(share[..., s, None] * y for s, y in enumerate(x.chunk(n, -1)))  # type: ignore[return-value]
+
+
 def join(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([x, y], -1)
 
 
+MIXED = ("hyper_connections", "mhc")
+"""Schemes of n streams, likewise."""
 TWO = {"resi_dual": False, "siamese": True, "siamese_hybrid": True}
 """Schemes of two streams, side by side in the last dimension: whether the first is normalized behind the layers too."""
 
@@ -378,11 +429,17 @@ def reference_forward(name: str, model: Model, tokens: Tensor, **options: Any) -
     x = model.norm("embed.norm", x) if embedding else x
     if name in TWO:
         x = join(x, options.get("scale", 1.0) * x)
+    n = options.get("streams", 4)
+    x = torch.cat([x] * n, -1) if name in MIXED else x
     for layer in range(1, model.L + 1):
         model.l = layer
         x = BLOCKS[name](model, x, **options)
     if name in TWO:
         x, y = x.chunk(2, -1)
         x = (model.norm("joined.x_norm", x) if TWO[name] else x) + model.norm("joined.y_norm", y)
+    if name in MIXED and (name == "hyper_connections" or options.get("exit") == "mean"):
+        x = sum(x.chunk(n, -1)) / (1 if name == "hyper_connections" else n)  # type: ignore[arg-type]
+    elif name in MIXED:
+        x = learned_exit(model, x, n)
     x = model.norm("final_norm", x) if final else x
     return model.head(x)

@@ -50,6 +50,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("prores", {"host": "deepnorm_llama", "steps": 300}),
     ("branchnorm", {"steps": 600}),
     ("resi_dual", {"scale": 0.05}),
+    ("hyper_connections", {"streams": 3}),
+    ("mhc", {"streams": 2, "rounds": 3}),
+    ("mhc", {"exit": "mean"}),
     ("gpas", {"host": "postln"}),
     ("gpas", {"host": "deepnorm_llama", "shared": False}),
 ]

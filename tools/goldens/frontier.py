@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goldens import llama, siamese, xtransformers
+from goldens import llama, mixed, siamese, xtransformers
 from goldens.case import FRONTIER, Case, NotCovered, take
 
 LOSS = "mean cross entropy of logits[:, :-1] against input_ids[:, 1:]"
@@ -18,6 +18,8 @@ LOSS = "mean cross entropy of logits[:, :-1] against input_ids[:, 1:]"
 def case(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
     """A frontier golden. Raises NotCovered, or ValueError if it says something the format does not document."""
     _refuse(data, tensors)
+    if "streams" in data["config"]:
+        return mixed.case(data, tensors)
     if data.get("loss_definition", LOSS) != LOSS:
         raise ValueError(f"loss_definition: '{data['loss_definition']}' is not documented for language models")
     params = {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
@@ -59,8 +61,6 @@ def _refuse(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     config = data["config"]
     if "patch" in config:
         raise NotCovered("a vision model")
-    if "streams" in config:
-        raise NotCovered("streams mixed by token")
     if "base_scale" in config and "param.sz" in tensors:
         raise NotCovered("weights projected after each step")
     if config.get("add_value_residual"):

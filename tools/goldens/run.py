@@ -88,6 +88,11 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
     logits = _logits(stage, parts, mesh)[: case.tokens.shape[1]].transpose(0, 1)
     schedule = make_schedule("1f1b", pp.size, 1, len(parts))
     loss = all_reduce(Pipeline({pp.rank: stage}, mesh).run(schedule, parts, weight=1.0 / count), pp)
+    return errors_of(case, logits, loss, gradients(stage, mesh))
+
+
+def errors_of(case: Case, logits: Tensor, loss: Tensor, ours: Mapping[str, Tensor]) -> Errors:
+    """What a run gave against what the reference did. Raises ValueError for logits of another shape."""
     if logits.shape != case.logits.shape:
         raise ValueError(f"logits are {list(logits.shape)}, the golden's {list(case.logits.shape)}")
     scale = max(1.0, case.logits.abs().max().item()) if case.logits_relative else 1.0
@@ -96,7 +101,7 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
     return Errors(
         (difference if case.seen is None else difference[case.seen]).max().item() / scale,
         abs(loss.item() - case.loss) / loss_scale,
-        _gradient_errors(gradients(stage, mesh), case),
+        _gradient_errors(ours, case),
         case.logits_relative,
     )
 

@@ -61,6 +61,7 @@ class Pattern:
                     or residual.layer_input
                     or residual.gate
                     or sub.second
+                    or sub.mix
                 ):
                     return f"blocks.{i}.{part}.residual: the class adds the plain stream"
                 if residual.branch != Scale() or residual.skip.learned is not None:
