@@ -327,6 +327,7 @@ MUTATIONS: dict[str, Mutation] = {
     "embedding gain not summed": gradient_sum(r"embed\.norm\.(weight|bias)", None),
     "stream gains summed without sequence parallelism": gradient_sum(r".*\.input_norm\.weight", "tp"),
     "residual scales not summed": gradient_sum(r".*\.residual\.(skip|branch)", None),
+    "mixing weights not summed": gradient_sum(r".*\.mix\.(map|scale|bias)", None),
     "positions not summed": gradient_sum(r"embed\.position\.weight", None),
     "row biases not summed": gradient_sum(r".*\.(o|down)\.bias", None),
     "vocabulary padding in the loss": _patched(loss, "_masked", _unmasked_padding),

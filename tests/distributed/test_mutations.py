@@ -42,6 +42,7 @@ SHOWN_BY: dict[str, dict[str, Any]] = {
     "embedding gain not summed": {"scheme": "postln", "kind": "layernorm", "options": {"embedding_norm": True}},
     "stream gains summed without sequence parallelism": {"scheme": "preln", "sequence_parallel": False},
     "residual scales not summed": {"scheme": "resscale"},
+    "mixing weights not summed": {"scheme": "mhc"},
     "positions not summed": {"scheme": "preln", "model": "gpt2"},
     "row biases not summed": {"scheme": "preln", "model": "gpt2"},
     "vocabulary padding in the loss": {"scheme": "preln"},
@@ -68,6 +69,7 @@ SHOWN_BY: dict[str, dict[str, Any]] = {
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("head scale summed once too often", {**SHOWN_BY["head scale not summed"], "sequence_parallel": False}),
     ("residual scales not summed", {"scheme": "layerscale"}),
+    ("mixing weights not summed", {"scheme": "hyper_connections"}),
     ("residual scales not summed", {"scheme": "rezero"}),
     ("bias on every rank", {"scheme": "preln", "model": "gpt2", "sequence_parallel": False}),
     ("clip norm counts replicas", {"scheme": "preln", "kv": 1, "sequence_parallel": False}),
