@@ -30,10 +30,11 @@ RULES: dict[str, set[str]] = {
     "config": set(),
     "hf": BELOW_TRAIN,
     "infer": BELOW_TRAIN | {"hf"},  # generates from exported folders too
+    "refuse": {"config", "norms", "optim.schedule", "models.check", "models.family"},
     "plan": {
         "config",
+        "refuse",
         "norms",
-        "optim.schedule",
         "parallel.schedule",
         "parallel.balance",
         "parallel.divisors",
@@ -42,17 +43,18 @@ RULES: dict[str, set[str]] = {
         "models.family",
         "hf.families",
     },
-    "train": BELOW_TRAIN | {"hf", "infer", "plan"},
-    "cli": BELOW_TRAIN | {"hf", "infer", "plan", "train"},
+    "train": BELOW_TRAIN | {"hf", "infer", "plan", "refuse"},
+    "cli": BELOW_TRAIN | {"hf", "infer", "plan", "refuse", "train"},
     "__main__": {"cli"},
 }
 # these may read every package's options, and nothing of them but the options
-READS_OPTIONS = {"config", "plan"}
+READS_OPTIONS = {"config", "plan", "refuse"}
 # may not reach torch by any chain of imports; export turns tensors, so the files of hf may name it inside functions
 TORCH_FREE = (
     "norms.",
     "config",
     "plan",
+    "refuse",
     "optim.schedule",
     "parallel.schedule",
     "parallel.balance",

@@ -14,7 +14,8 @@ from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.schedule import check, make_schedule
-from megnorm.plan import Plan, PlanError, make_plan, unit_costs
+from megnorm.plan import Plan, make_plan, unit_costs
+from megnorm.refuse import PlanError
 from megnorm.train.commands import describe
 
 SIZES = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, ffn=24, vocab_size=31, max_positions=8)

@@ -28,7 +28,8 @@ from megnorm.parallel.layout import Named, named_matrices, share_copies
 from megnorm.parallel.mesh import Mesh, build_mesh, stage_axis
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
-from megnorm.plan import Plan, PlanError
+from megnorm.plan import Plan
+from megnorm.refuse import PlanError
 from megnorm.train.guard import Guard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

@@ -22,7 +22,8 @@ from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, from_json
 from megnorm.parallel import launch, nccl
 from megnorm.parallel.pages import keep_pages
-from megnorm.plan import Plan, PlanError, make_plan
+from megnorm.plan import Plan, make_plan
+from megnorm.refuse import PlanError
 from megnorm.train import profile, state
 from megnorm.train.agree import gathered
 from megnorm.train.build import Run, build

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megnorm import config as configs
 from megnorm.checkpoint import io
 from megnorm.config import RunConfig
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train import state
 from megnorm.train.build import Run, build
 from megnorm.train.step import train_step

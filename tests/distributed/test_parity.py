@@ -8,7 +8,8 @@ import pytest
 
 from megnorm.config import RunConfig
 from megnorm.parallel import messages
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from tests.distributed import cases
 from tests.marks import thinned
 from tools import parity

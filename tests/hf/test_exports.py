@@ -45,7 +45,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "experts, padding": {"moe": EXPERTS, "padding_id": 1, "activation": "relu_squared"},
 }
 CASES = [(name, scheme) for name in MODELS for scheme in SCHEMES]
-CASES += [("masked", "mhc"), ("encdec, two tables", "hyper_connections"), ("encdec, relative", "mhc"), ("experts", "mhc")]
+CASES += [
+    ("masked", "mhc"),
+    ("encdec, two tables", "hyper_connections"),
+    ("encdec, relative", "mhc"),
+    ("experts", "mhc"),
+]
 FAST = {(name, SCHEMES[i % len(SCHEMES)]) for i, name in enumerate(MODELS)}
 
 

@@ -20,7 +20,8 @@ from megnorm.models.config import ModelConfig
 from megnorm.norms import registry as schemes
 from megnorm.norms.config import NormConfig
 from megnorm.parallel.mesh import Mesh
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from tests.kernels.needs import needs
 from tests.kernels.serving import asked_of_cuda
 

@@ -19,7 +19,8 @@ from megnorm.models.config import AttentionConfig, ModelConfig, RopeScaling
 from megnorm.models.count import count_parameters
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.layout import named_matrices
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from tests.hf.tiny import SCALINGS
 
 SCORES = [

@@ -16,7 +16,8 @@ from megnorm.layers import graphs
 from megnorm.layers.env import Env
 from megnorm.models.build import build_model
 from megnorm.models.causal import CausalLM, Tokens
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train.build import build
 from tests.distributed import cases
 from tools import parity

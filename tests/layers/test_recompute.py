@@ -19,7 +19,8 @@ from megnorm.parallel.mesh import Mesh
 from megnorm.parallel.pipeline import Pipeline
 from megnorm.parallel.rng import DropoutRng
 from megnorm.parallel.schedule import Action, make_schedule
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train.build import build_stages, mesh_of
 from megnorm.train.config import TrainConfig
 from tests.distributed import cases

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megnorm import config as configs
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train.config import TrainConfig
 
 REFUSED = {

@@ -11,7 +11,8 @@ from megnorm.metrics.record import Record
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import moves, resolve, settled
 from megnorm.norms.scheme import Scale
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train.signals import EXIT_STOPPED
 from tests.train.tiny import losses, write_config, write_data
 

@@ -12,7 +12,8 @@ from megnorm.checkpoint import io
 from megnorm.cli import main
 from megnorm.config import RunConfig
 from megnorm.metrics.record import Record
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train.config import GuardConfig
 from megnorm.train.guard import DivergedError, Guard, RewindError, Trouble
 from tests.distributed import tiny as ranked

@@ -18,7 +18,8 @@ from megnorm.cli import main
 from megnorm.config import RunConfig
 from megnorm.data.loader import Loader
 from megnorm.metrics.record import Record
-from megnorm.plan import PlanError, make_plan
+from megnorm.plan import make_plan
+from megnorm.refuse import PlanError
 from megnorm.train import loop, step
 from megnorm.train.build import build, open_data
 from megnorm.train.commands import describe

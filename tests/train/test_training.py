@@ -15,7 +15,7 @@ from megnorm import config as configs
 from megnorm.checkpoint import io
 from megnorm.cli import main
 from megnorm.norms.resolve import resolve
-from megnorm.plan import PlanError
+from megnorm.refuse import PlanError
 from megnorm.train import main as main_module
 from megnorm.train.signals import EXIT_STOPPED
 from tests.marks import thinned

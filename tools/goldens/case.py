@@ -17,7 +17,7 @@ from megnorm.models.family import resolve_model
 from megnorm.norms import registry
 from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import scheme_of
-from megnorm.plan import check_model, check_scheme
+from megnorm.refuse import check_model, check_scheme
 
 
 class NotCovered(Exception):
