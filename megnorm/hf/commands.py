@@ -61,6 +61,7 @@ def _to_hf(args: argparse.Namespace) -> int:
         native=not args.custom,
         dtype=getattr(torch, args.dtype),
         reference=native_forward(run.state, run.model, run.resolved),
+        exact=lambda: native_forward(run.state, run.model, run.resolved, dtype=torch.float64),
         tolerance=args.tolerance,
         overwrite=args.overwrite,
         max_shard_size=args.max_shard_size,
@@ -70,7 +71,7 @@ def _to_hf(args: argparse.Namespace) -> int:
     for architecture, reason in export.refused.items():
         print(f"  not {architecture}: {reason}")
     print(f"wrote {export.folder} as {export.architecture}, weights in {args.dtype}")
-    print(f"max |logit difference| between megnorm and transformers, fp32: {export.difference:.3g}")
+    print(f"max |logit difference| between megnorm and transformers, {export.precision}: {export.difference:.3g}")
     return 0
 
 

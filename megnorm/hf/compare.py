@@ -20,12 +20,20 @@ class LogitMismatch(ValueError):
     """The exported folder computes something else than the model; nothing was left under the final name."""
 
 
-def difference(reference: Reference, folder: Path, length: int = 64, *, passing: bool = False) -> tuple[float, float]:
-    """Largest |difference| and largest |logit| in fp32 on random tokens; every tensor of the folder must have been used.
+def difference(
+    reference: Reference,
+    folder: Path,
+    length: int = 64,
+    *,
+    passing: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, float]:
+    """Largest |difference| and largest |logit| on random tokens; every tensor of the folder must have been used.
 
-    passing: the folder's name is; transformers is made to forget the code that it read there.
+    passing: the folder's name is; transformers is made to forget the code that it read there. dtype: what the folder is
+    loaded in; the reference's is its own.
     """
-    loaded, info = _load(folder)
+    loaded, info = _load(folder, dtype)
     try:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
@@ -38,8 +46,8 @@ def difference(reference: Reference, folder: Path, length: int = 64, *, passing:
             _forget_code(loaded)
 
 
-def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model as its user gets it, in fp32, and what was said about its tensors."""
+def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model as its user gets it, and what was said about its tensors."""
     import transformers
     from transformers.utils import logging
 
@@ -49,7 +57,7 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     logging.disable_progress_bar()
     try:
         answer: tuple[Any, dict[str, Any]] = door.from_pretrained(
-            folder, trust_remote_code=True, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, trust_remote_code=True, dtype=dtype, local_files_only=True, output_loading_info=True
         )
         return answer
     finally:
@@ -61,7 +69,8 @@ def _compare(reference: Reference, loaded: Any, folder: Path, length: int) -> tu
     inputs = random_inputs(loaded.config, custom.door(loaded.config.architectures[0]), length)
     rest = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
     with torch.no_grad():
-        ours = reference(inputs["input_ids"], **rest).detach().to("cpu", torch.float32)
+        ours = reference(inputs["input_ids"], **rest).detach().cpu()
+        ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
         theirs = loaded.eval()(**inputs).logits
     if ours.shape != theirs.shape:
         raise LogitMismatch(f"{folder}: logits of shape {tuple(theirs.shape)}, the model's are {tuple(ours.shape)}")

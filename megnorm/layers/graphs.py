@@ -2,7 +2,7 @@
 
 Each block is captured once, forward and backward, before the first step, by ``torch.cuda.make_graphed_callables``; its weights
 are where they were, so an update is seen. A graph has one place for what its backward pass needs: a block's backward must run
-before its next forward, and the plan refuses what would not (plan.py). A block runs by itself, kernel by kernel,
+before its next forward, and the plan refuses what would not (refuse.py). A block runs by itself, kernel by kernel,
 without gradients (evaluation), where a probe watches what is inside, and for a batch of another shape.
 """
 

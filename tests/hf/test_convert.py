@@ -124,6 +124,20 @@ def test_other_logits_leave_no_folder(native: bool, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_rounding_is_told_from_a_difference(tmp_path: Path) -> None:
+    """What fp32 makes too large fp64 decides: rounding passes, another model does not."""
+    model, resolved, state = made("preln")
+    plain, exact = native_forward(state, model, resolved), native_forward(state, model, resolved, dtype=torch.float64)
+    rounded = {"reference": lambda ids: plain(ids) + 1e-3, "exact": lambda: exact}
+    with pytest.raises(LogitMismatch, match="differs from the model by 0.001"):
+        to_hf(state, model, resolved, out=tmp_path / "a", reference=rounded["reference"])
+    export = to_hf(state, model, resolved, out=tmp_path / "a", **rounded)  # type: ignore[arg-type]
+    assert export.precision == "fp64" and export.difference is not None and export.difference < 1e-5
+    wrong = {**state, "blocks.1.ffn.down.weight": state["blocks.1.ffn.down.weight"] * 1.01}
+    with pytest.raises(LogitMismatch, match="nothing was written"):
+        to_hf(wrong, model, resolved, out=tmp_path / "b", **rounded)  # type: ignore[arg-type]
+
+
 def test_not_a_number_is_a_mismatch(tmp_path: Path) -> None:
     model, resolved, state = made("preln")
     with pytest.raises(LogitMismatch):
