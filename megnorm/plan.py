@@ -209,7 +209,12 @@ def _stages(config: RunConfig, ranks: int) -> tuple[tuple[int, int], ...]:
 
 def unit_costs(config: RunConfig) -> tuple[int, ...]:
     """Training FLOPs a token of embedding, each layer, and head."""
-    return family.unit_costs(config.model, config.train.sequence_length)
+    return family.unit_costs(config.model, config.train.sequence_length, predicted(config))
+
+
+def predicted(config: RunConfig) -> float:
+    """The share of tokens that the head reads: of a masked model the masked ones."""
+    return config.data.mask.probability if config.model.family == "masked" else 1.0
 
 
 def _check_ramp(config: RunConfig, dp: int) -> None:

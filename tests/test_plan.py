@@ -14,7 +14,7 @@ from megnorm.norms.config import NormConfig
 from megnorm.norms.resolve import resolve
 from megnorm.parallel.layout import named_matrices
 from megnorm.parallel.schedule import check, make_schedule
-from megnorm.plan import Plan, make_plan, unit_costs
+from megnorm.plan import Plan, make_plan, predicted, unit_costs
 from megnorm.refuse import PlanError
 from megnorm.train.commands import describe
 
@@ -45,7 +45,15 @@ def plan_of(world: int, *overrides: str) -> Plan:
 def test_costs_of_units_sum_to_the_flops_that_throughput_counts() -> None:
     for sizes in MODELS.values():
         config = configs.RunConfig(model=sizes)
-        assert sum(unit_costs(config)) == flops_per_token(sizes, config.train.sequence_length)
+        assert sum(unit_costs(config)) == flops_per_token(sizes, config.train.sequence_length, predicted(config))
+
+
+def test_the_head_of_a_masked_model_reads_masked_tokens_alone() -> None:
+    head = {}
+    for share in (0.15, 1.0):
+        overrides = ["model.family=masked", "data.task=masked", f"data.mask.probability={share}"]
+        head[share] = unit_costs(configs.load(None, overrides))[-1]
+    assert head[0.15] == pytest.approx(0.15 * head[1.0], rel=1e-6)
 
 
 def test_what_is_left_of_the_ranks_is_data_parallel() -> None:

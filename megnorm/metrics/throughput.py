@@ -57,20 +57,21 @@ class Sizes(Protocol):
     def ffn_weights(self, layer: int) -> int: ...
 
 
-def flops_per_token(model: Sizes, sequence_length: int) -> int:
+def flops_per_token(model: Sizes, sequence_length: int, predicted: float = 1.0) -> int:
     """FLOPs of one training token: matrix products only, forward + backward = 3 x forward, recompute not counted.
 
     Attention counts q k^T and p v over the whole square of scores, as PaLM (arXiv:2204.02311, appendix B) and
     Megatron-LM do; a kernel that leaves out the masked half works less than it is credited for. Token lookup counts
     nothing, the head counts tied or not. The padding of the vocabulary is not counted. Of an encoder-decoder a token is one
-    of the source and one of the target. Of experts those that a token chooses count, served or not.
+    of the source and one of the target. Of experts those that a token chooses count, served or not. predicted: share of
+    tokens that the head reads.
     """
     attention = model.heads * model.hd
     projections = model.width * (2 * attention + 2 * model.kv * model.hd)
     scores = 2 * attention * sequence_length
     ffn = sum(model.ffn_weights(layer) for layer in range(model.layers))
     crossing = projections + scores if model.source_layers else 0
-    multiplications = model.layers * (projections + scores + crossing) + ffn + model.head_weights
+    multiplications = model.layers * (projections + scores + crossing) + ffn + round(predicted * model.head_weights)
     multiplications += model.source_layers * (projections + scores + model.ffn_weights(0))
     return 3 * 2 * multiplications
 

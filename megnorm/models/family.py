@@ -57,12 +57,15 @@ def resolve_model(m: ModelConfig) -> Resolved:
     return resolve(m.norm, m.layers)
 
 
-def unit_costs(m: ModelConfig, sequence: int) -> tuple[int, ...]:
-    """Training FLOPs a token of embedding, each layer (an encoder's before a decoder's), and head with the final norm."""
+def unit_costs(m: ModelConfig, sequence: int, predicted: float = 1.0) -> tuple[int, ...]:
+    """Training FLOPs a token of embedding, each layer (an encoder's before a decoder's), and head with the final norm.
+
+    predicted: share of tokens that the head reads.
+    """
     attention = m.heads * m.hd
     projections = m.width * (2 * attention + 2 * m.kv * m.hd)
     layers = [
-        balance.unit_costs(1, projections + m.ffn_weights(i), attention, sequence, m.head_weights)
+        balance.unit_costs(1, projections + m.ffn_weights(i), attention, sequence, round(predicted * m.head_weights))
         for i in range(m.layers)
     ]
     start, first, end = layers[0]

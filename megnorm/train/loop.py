@@ -6,6 +6,7 @@ from megnorm.checkpoint.saver import Saver
 from megnorm.data.classes import ClassLoader
 from megnorm.metrics.sinks import Sinks
 from megnorm.metrics.throughput import flops_per_token, mfu, peak_flops
+from megnorm.plan import predicted
 from megnorm.train import state
 from megnorm.train.agree import agreed
 from megnorm.train.build import DTYPES, Run
@@ -93,7 +94,7 @@ class Pace:
     def __init__(self, run: Run) -> None:
         config = run.plan.config
         self.run = run
-        self.flops = flops_per_token(config.model, config.train.sequence_length)
+        self.flops = flops_per_token(config.model, config.train.sequence_length, predicted(config))
         self.peak = peak_flops(run.mesh.device, DTYPES[config.train.precision]) * run.mesh.size
         self.slow = Slow(run.mesh, config.train.watchdog.slow)
         self.restart()

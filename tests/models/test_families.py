@@ -233,3 +233,24 @@ def test_the_resolved_scheme_of_two_stacks_survives_json() -> None:
     assert resolved.encoder is not None and len(resolved.encoder.layers) == 2 and len(resolved.layers) == 3
     assert from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
     assert "encoder" not in resolve_model(MODELS["encoder"]).to_json()
+
+
+@pytest.mark.parametrize("name", ["tied encoder", "encoder"])
+def test_the_head_reads_masked_tokens_alone(name: str) -> None:
+    """The loss is that of all tokens' logits under the mask; without a masked token it is 0, and so is every gradient."""
+    cfg = replace(MODELS[name], dropout=0.0, attention_dropout=0.0, label_smoothing=0.0)
+    model: Any = build_model(cfg, double())
+    batch = batch_of(cfg)
+    assert isinstance(batch, MaskedTokens)
+    rows: list[int] = []
+    weight = model.head.weight
+    model.head.token_loss, told = lambda z, *rest: rows.append(len(z)) or told(z, *rest), model.head.token_loss
+    loss = model(batch)
+    logits = model.logits(batch)
+    each = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), batch.labels, reduction="none")
+    torch.testing.assert_close(loss.detach(), (each * batch.loss_mask).sum(), rtol=1e-12, atol=0.0)
+    assert rows == [int(batch.loss_mask.sum())] and 0 < rows[0] < batch.tokens.numel()
+    nothing = model(replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
+    nothing.backward()
+    assert float(nothing.detach()) == 0.0 and weight.grad is not None
+    assert not any(float(param.grad.abs().max()) for param in model.parameters() if param.grad is not None)

@@ -25,7 +25,7 @@ from megnorm.data.batch import Batch
 from megnorm.metrics.throughput import flops_per_token
 from megnorm.parallel.pages import keep_pages
 from megnorm.parallel.rng import derive
-from megnorm.plan import make_plan
+from megnorm.plan import make_plan, predicted
 from megnorm.train.build import Run, build
 from megnorm.train.step import train_step
 
@@ -74,7 +74,7 @@ def serve(rank: int, world: int, store: str, config: RunConfig, stdin: int) -> N
         ready = {
             "event": "ready",
             "tokens_per_step": plan.tokens_per_step,
-            "flops_per_token": flops_per_token(config.model, config.train.sequence_length),
+            "flops_per_token": flops_per_token(config.model, config.train.sequence_length, predicted(config)),
             "dtype": config.train.precision,
             "parameters": plan.parameters,
         }
