@@ -21,6 +21,8 @@ class Mixing(nn.Module):
     Parameters: ``map`` and ``bias`` (of each weight before it is bounded), ``scale`` (of each kind of weight).
     """
 
+    kind: Tensor
+
     def __init__(self, mix: Mix, width: int, env: Env, *, exits: bool = False) -> None:
         super().__init__()
         n = mix.streams
@@ -39,8 +41,6 @@ class Mixing(nn.Module):
         if alone:
             with torch.no_grad():
                 self.bias.copy_(first_bias(mix))
-
-    kind: Tensor
 
     def forward(self, streams: Tensor) -> Tensor:
         return self.recompute("norms", self._weights, streams)

@@ -43,8 +43,8 @@ class OptimConfig:
     name: adamw, or muon for matrices and AdamW for the rest (MuonConfig). betas, eps: AdamW's.
     lr: peak. Schedules begin with ``warmup_steps`` of linear warm-up from ``warmup_start_lr``. wsd: decay over the last
     ``decay_steps``; the others decay until ``decay_steps`` (None: the end of the run).
-    weight_decay: of matrices; decay: factor on it by role (embed, position, q, k, v, o, up, gate, down, head, norm, bias,
-    scale), where a role is not named 0 for norm, bias and scale and 1 for the others. rate: factor on lr by role.
+    weight_decay: of matrices; decay: factor on it by role (embed, position, q, k, v, o, up, gate, down, router, mix, head,
+    norm, bias, scale), where a role is not named 0 for norm, bias and scale and 1 for the others. rate: factor on lr by role.
     clip: largest global gradient norm, 0 for none.
     loss_scale: initial scale of fp16; it doubles after loss_scale_window good steps and halves on overflow.
     """
