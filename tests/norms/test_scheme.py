@@ -16,11 +16,14 @@ from megnorm.norms.scheme import (
     Gate,
     Init,
     Layer,
+    Mix,
     Norm,
     Residual,
     Scale,
     Scheme,
     SchemeError,
+    Second,
+    Streams,
     Where,
     warnings_for,
 )
@@ -30,6 +33,11 @@ def declare(**changes: Any) -> Scheme:
     return Scheme("mine", "none", "a test", **({"layer": Layer()} | changes))
 
 
+def mixed(mix: Mix, **attention: Any) -> Layer:
+    return Layer(Attention(mix=mix, **attention), FFN(mix=mix))
+
+
+TWO = Layer(Attention(second=Second()), FFN(second=Second()))
 IMPOSSIBLE = [
     (
         {"layer": Layer(ffn=FFN(input=Norm(), post=Norm(), residual=Residual(source="input")))},
@@ -82,6 +90,25 @@ IMPOSSIBLE = [
     ),
     ({"init": Init(gain={"o": lambda d: float(d.layers) ** 200})}, r"init\.gain\.o: the formula (fails|gives)"),
     ({"final": Norm(weight_init=float("nan"))}, r"final\.weight_init: the formula gives nan"),
+    ({"streams": Streams()}, r"mine: layer: two streams are declared by streams, and by second"),
+    ({"layer": mixed(Mix(norm=Norm()))}, r"mine: layer: mix needs streams, with mixed=4"),
+    ({"streams": Streams(mixed=3), "layer": mixed(Mix(norm=Norm()))}, r"every sub-layer mixes the 3 of streams\.mixed"),
+    ({"streams": Streams(mixed=4), "layer": Layer()}, r"every sub-layer mixes the 4 of streams\.mixed"),
+    ({"streams": Streams(mixed=4), "layer": mixed(Mix())}, r"attention\.mix\.norm: what a token's weights"),
+    ({"streams": Streams(mixed=4), "layer": mixed(Mix(norm=Norm(), rule="relu"))}, r"mix\.rule: no rule 'relu'"),  # type: ignore[arg-type]
+    ({"streams": Streams(mixed=1), "layer": mixed(Mix(1, norm=Norm()))}, r"mix\.streams: 1 is no whole number from 2"),
+    ({"streams": Streams(mixed=4), "layer": mixed(Mix(norm=Norm(), rounds=0))}, r"mix\.rounds: 0 is no whole"),
+    ({"streams": Streams(mixed=4), "layer": mixed(Mix(norm=Norm("head")))}, r"mix\.norm\.over: 'head'"),
+    ({"streams": Streams(mixed=4, y=Norm()), "layer": mixed(Mix(norm=Norm()))}, r"streams: entry, x and y are of two"),
+    ({"streams": Streams(share=2.0), "layer": TWO}, r"streams: share and exit are of mixed streams"),
+    (
+        {"streams": Streams(mixed=4, exit=Mix(rule="tanh", norm=Norm())), "layer": mixed(Mix(norm=Norm()))},
+        r"streams\.exit: the end reads all 4 streams by rule 'sinkhorn'",
+    ),
+    (
+        {"streams": Streams(mixed=4), "layer": mixed(Mix(norm=Norm()), post=Norm())},
+        r"attention\.mix: streams mixed by token have no other residual and no post norm",
+    ),
 ]
 
 
@@ -109,6 +136,8 @@ def test_impossible_schemes_are_refused_when_declared(changes: dict[str, Any], m
         (NormConfig("preln", plugins=("nowhere.py",)), r"norm\.plugins: there is no file 'nowhere\.py'"),
         (NormConfig("preln", plugins=("no.such.module",)), r"norm\.plugins: no module 'no\.such\.module'"),
         (NormConfig("preln", kind="seednorm", gain="none"), r"input\.gain: seednorm"),
+        (NormConfig("mhc", {"exit": "sum"}), r"norm\.options\.exit: .* 'learned' or 'mean'"),
+        (NormConfig("prores", {"host": "mhc"}), r"attention\.mix: streams mixed by token have no other residual"),
     ],
 )
 def test_wrong_configs_name_the_field_and_the_remedy(config: NormConfig, message: str) -> None:
