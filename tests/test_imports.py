@@ -5,6 +5,7 @@ Every import statement counts, also inside functions and under TYPE_CHECKING, so
 
 import ast
 import graphlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,3 +223,18 @@ def test_the_rules_bite() -> None:
     assert not breaches("config", ast.parse("from megnorm.norms import registry\nfrom megnorm.models.config import M"))
     assert foreign("norms.scheme", ast.parse("def f():\n    import torch.nn as nn")) == {"torch"}
     assert unguarded(ast.parse("import wandb\ntry:\n    import apex\nexcept ImportError:\n    pass")) == {"wandb"}
+
+
+def test_a_run_starts_without_the_compiler() -> None:
+    """torch imports it for its own optimizer classes, two seconds in every process of a run that compiles nothing."""
+    code = (
+        "import sys, torch\n"
+        "import megnorm.train.main\n"
+        "from megnorm.kernels.torch_ref import AdamW\n"
+        "x = torch.ones(3)\n"
+        "x.grad = torch.ones(3)\n"
+        "AdamW([{'params': [x]}], lr=0.1, betas=(0.9, 0.95), eps=1e-8).step()\n"
+        "assert bool((x < 1).all())\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=120).returncode == 0

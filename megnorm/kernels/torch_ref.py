@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megnorm.kernels.registry import FEATURES, Need, Scores, offer
 
@@ -282,17 +283,51 @@ def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]
     return F.linear
 
 
+class AdamW:
+    """torch's fused AdamW by its function. The class of that name imports the compiler when it is made, which nearly doubles
+    the time in which a run starts, and does nothing for what is not compiled."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+        self.param_groups = [{"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, **group} for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for new in (param for param in params if param not in self.state):
+                count = torch.zeros((), dtype=torch.float32, device=new.device)
+                self.state[new] = {
+                    "step": count, "exp_avg": torch.zeros_like(new), "exp_avg_sq": torch.zeros_like(new)
+                }  # fmt: skip
+            states = [self.state[param] for param in params]
+            adamw(
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
 @offer("adamw", "torch", 0, _serves_all)
-def make_adamw(need: Need) -> Callable[..., torch.optim.Optimizer]:
+def make_adamw(need: Need) -> Callable[..., AdamW]:
     """fn(groups, *, lr, betas, eps) -> an optimizer with decoupled decay; state of a parameter: exp_avg, exp_avg_sq.
 
     How many updates the moments have seen is "step": a tensor in each parameter's state here, an int in each group elsewhere.
     """
-
-    def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-
-    return adamw
+    return AdamW
 
 
 @offer("activation", "torch", 0, _serves_all)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ class State:
     tensor: Tensor
 
 
-fused_adamw = partial(torch.optim.AdamW, fused=True)
-
-
 class Optimizer:
     """AdamW over the masters of ``pieces``; groups share weight decay and a factor on the rate.
 
@@ -40,7 +37,7 @@ class Optimizer:
         mesh: Mesh,
         *,
         sharded: bool,
-        adamw: Callable[..., torch.optim.Optimizer] = fused_adamw,
+        adamw: Callable[..., Any],
     ) -> None:
         self.muon: Muon | None = None
         if config.name == "muon":

@@ -62,7 +62,7 @@ class Pool:
     def _start(self) -> None:
         # Ranks are copies of a process that has read torch already: eight of them start in a second, not in half a minute.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "megnorm.train.build"])
+        context.set_forkserver_preload(["megnorm.train.build"])
         store = os.path.join(tempfile.mkdtemp(prefix="megnorm-ranks-"), "store")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
