@@ -166,31 +166,23 @@ class Head(nn.Module):
             held, _ = vocabulary_matrix("bias", cfg, padded_vocab, env.mesh.tp, width=None)
             self.bias = parameter(env.full((rows,), 0.0), Layout((held,)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._logits(self._whole(x))
-
-    def _whole(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
+        """where: [n] int64, the places of s * b that are asked for; the others cost nothing, and the result is [n, 1, v / tp]."""
         tp = self.mesh.tp
-        return gather_sequence(x, tp) if self.mesh.sequence_parallel else copy_to(x, tp)
-
-    def _logits(self, x: Tensor) -> Tensor:
+        x = gather_sequence(x, tp) if self.mesh.sequence_parallel else copy_to(x, tp)
+        x = x if where is None else x.flatten(0, 1).index_select(0, where).unsqueeze(1)
         z = F.linear(x, self.weight, self.bias)
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
     def token_losses(self, x: Tensor, labels: Tensor, smoothing: float, where: Tensor | None = None) -> Tensor:
-        """[s, b, d] and labels [s, b] -> [s, b] in fp32 (fp64 for fp64).
-
-        where: [n] int64, the places of s * b whose losses are asked for; the others cost nothing, and the result is [n, 1].
-        """
+        """[s, b, d] and labels [s, b] -> [s, b] in fp32 (fp64 for fp64). where: as in ``forward``; the result is [n, 1]."""
         tp, v = self.mesh.tp, self.vocab_size
-        x = self._whole(x)
-        if where is not None:
-            x = x.flatten(0, 1).index_select(0, where).unsqueeze(1)
-            labels = labels.flatten()[where].unsqueeze(1)
+        logits = self(x, where)  # not by forward: hooks wait for the weights
+        labels = labels if where is None else labels.flatten()[where].unsqueeze(1)
         if smoothing == 0.0:
-            return self.token_loss(self._logits(x), labels, self.first, self.logical, tp)
-        return cross_entropy(self._logits(x), labels, self.first, self.logical, tp, smoothing=smoothing, vocab_size=v)
+            return self.token_loss(logits, labels, self.first, self.logical, tp)
+        return cross_entropy(logits, labels, self.first, self.logical, tp, smoothing=smoothing, vocab_size=v)
 
 
 def full_logits(local: Tensor, head: Head, vocab_size: int) -> Tensor:
