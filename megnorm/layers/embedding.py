@@ -167,7 +167,7 @@ class Head(nn.Module):
             self.bias = parameter(env.full((rows,), 0.0), Layout((held,)))
 
     def forward(self, x: Tensor, where: Tensor | None = None) -> Tensor:
-        """where: [n] int64, the places of s * b that are asked for; the others cost nothing, and the result is [n, 1, v / tp]."""
+        """where: [n] int64, the places of s * b that are asked for, so that the result is [n, 1, v / tp]; None: all."""
         tp = self.mesh.tp
         x = gather_sequence(x, tp) if self.mesh.sequence_parallel else copy_to(x, tp)
         x = x if where is None else x.flatten(0, 1).index_select(0, where).unsqueeze(1)
