@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megnorm.hf.convert import to_hf
 from megnorm.hf.native import native_forward
@@ -51,7 +53,9 @@ def test_a_scheme_of_my_own(plugin: str, tmp_path: Path, ranks: Any) -> None:
     assert picture.startswith("<svg") and "of_my_own" in picture
 
     model, resolved, state = made("of_my_own", norm={"plugins": (plugin,)})
-    exported = to_hf(state, model, resolved, out=tmp_path / "hf", reference=native_forward(state, model, resolved))
+    reference = native_forward(state, model, resolved)
+    exact = partial(native_forward, state, model, resolved, dtype=torch.float64)
+    exported = to_hf(state, model, resolved, out=tmp_path / "hf", reference=reference, exact=exact)
     assert exported.architecture == "MegnormForCausalLM"  # and to_hf has compared the logits: a mismatch raises
 
 
