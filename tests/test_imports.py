@@ -226,7 +226,7 @@ def test_the_rules_bite() -> None:
 
 
 def test_a_run_starts_without_the_compiler() -> None:
-    """torch imports it for its own optimizer classes, two seconds in every process of a run that compiles nothing."""
+    """torch imports it for its own optimizer classes, a second in every process of a run that compiles nothing."""
     code = (
         "import sys, torch\n"
         "import megnorm.train.main\n"

@@ -284,8 +284,8 @@ def make_linear(need: Need) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class AdamW:
-    """torch's fused AdamW by its function. The class of that name imports the compiler when it is made, which nearly doubles
-    the time in which a run starts, and does nothing for what is not compiled."""
+    """torch's fused AdamW by its function. The class of that name imports the compiler when it is made, a second of every
+    start, which does nothing for what is not compiled."""
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         self.param_groups = [{"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, **group} for group in groups]
