@@ -128,6 +128,26 @@ def keep(key: Any, make: Callable[[], Any]) -> Any:
     return _kept[key]
 
 
+def _share_device() -> None:
+    """Let all gloo groups of this process share one device.
+
+    Each group has a device of its own, and each device a thread that wakes a hundred times a second. A pool that has lived
+    through many tests holds dozens of groups on every rank: their threads took the larger part of both cores.
+    """
+    from torch.distributed import distributed_c10d
+
+    plain: Any = distributed_c10d.ProcessGroupGloo
+    device = plain.create_default_device()
+
+    class Sharing(plain):
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+            options = plain._Options()
+            options._devices, options._timeout, options._threads = [device], timeout, 2
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = Sharing  # type: ignore[misc]
+
+
 def _serve(rank: int, world: int, store: str, pipe: Connection, path: list[str]) -> None:
     """The life of one rank: join the group, then answer calls until the pipe closes."""
     sys.path[:] = path
@@ -137,6 +157,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection, path: list[str])
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _share_device()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     while True:
