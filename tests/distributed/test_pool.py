@@ -1,6 +1,7 @@
 """The pool of ranks itself: results by rank, failures told, a fresh start after one."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ def total(rank: int, world: int, x: torch.Tensor) -> torch.Tensor:
 
 def process(rank: int, world: int) -> tuple[int, int]:
     return os.getpid(), torch.get_num_threads()
+
+
+def loops(rank: int, world: int) -> tuple[float, int]:
+    """A sum over three new groups, and how many threads of this rank wait for gloo's messages."""
+    x = torch.ones(())
+    for _ in range(3):
+        dist.all_reduce(x, group=dist.new_group(list(range(world))))
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return float(x), names.count("gloo_tcp_loop")
 
 
 def raise_on(rank: int, world: int, bad: int) -> None:
@@ -43,6 +53,11 @@ def test_ranks_work_together_and_live_on(ranks) -> None:
     assert first == again
     assert first[0][0] != first[1][0]
     assert first[0][1] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are told apart by Linux's /proc")
+def test_groups_share_a_thread(ranks) -> None:
+    assert ranks(2).run(loops) == [(8.0, 1)] * 2
 
 
 @pytest.mark.full
