@@ -158,12 +158,12 @@ def test_layouts_go_on_from_each_other(ranks: Callable[[int], Pool], tmp_path: P
 @pytest.mark.full
 @pytest.mark.parametrize("number", range(len(SCHEMES)), ids=SCHEMES)
 def test_every_layout_goes_on_from_every_other(ranks: Callable[[int], Pool], tmp_path: Path, number: int) -> None:
-    """All pairs, dealt to the schemes, for two steps; in the exhaustive set every scheme has all pairs, for ten."""
+    """All pairs, dealt to the schemes; in the exhaustive set every scheme has all pairs."""
     pairs = {
         layout: [source for j, source in enumerate(TAKEN) if (i + j) % len(SCHEMES) == number]
         for i, layout in enumerate(TAKEN)
     }
-    check(ranks, tmp_path, SCHEMES[number], pairs, 2)
+    check(ranks, tmp_path, SCHEMES[number], pairs, 10)
 
 
 @pytest.mark.exhaustive
