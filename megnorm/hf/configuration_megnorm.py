@@ -14,7 +14,8 @@ class MegnormConfig(PreTrainedConfig):
     activation: gelu, gelu_tanh, relu, relu_squared, silu, or the gated swiglu, geglu, geglu_tanh, reglu.
     position_padding_id: without an attention mask, tokens of this id are padding;
     positions count real tokens only and padding has none. None: the attention mask alone says what is padding, and
-    does not move positions. parallel_block: attention and feed-forward read the same stream.
+    does not move positions. parallel_block: attention and feed-forward read the same stream,
+        parallel_norm: through a norm each, or through the attention's ("one").
     rope_parameters, layer_types, sliding_window, attn_logit_softcapping and final_logit_softcapping mean what they do in
     transformers' own models. attention_scale: factor on scores, None: 1 / sqrt(head_dim). logit_scale: factor on logits.
     linear_bias: on every linear layer of the blocks; qkv_bias, o_bias: on these alone, None: as linear_bias.
@@ -64,6 +65,7 @@ class MegnormConfig(PreTrainedConfig):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         parallel_block: bool = False,
+        parallel_norm: str = "each",
         moe: dict[str, Any] | None = None,
         sparse_layers: list[int] | None = None,
         segments: int = 0,
@@ -96,7 +98,8 @@ class MegnormConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.activation = activation
         self.positions = positions
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        if positions == "rotary":
+            self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.position_padding_id = position_padding_id
         self.embedding_scale = embedding_scale
         self.layer_types = layer_types or ["full_attention"] * num_hidden_layers
@@ -112,6 +115,7 @@ class MegnormConfig(PreTrainedConfig):
         self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.parallel_block = parallel_block
+        self.parallel_norm = parallel_norm
         self.moe = moe
         self.sparse_layers = sparse_layers or []
         self.segments = segments

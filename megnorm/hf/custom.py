@@ -31,7 +31,8 @@ CLASSES = {
 """Family -> transformers' door, the class behind it, and that class without its head."""
 HEADS = {"head": "lm_head", "transform": "transform", "pooler": "pooler", "classifier": "classifier"}
 """Modules that stand behind the base model: ours -> theirs."""
-PLAIN = ("activation", "positions", "logit_scale", "head_bias", "dropout", "attention_dropout", "parallel_block", "segments",
+PLAIN = ("activation", "positions", "logit_scale", "head_bias", "dropout", "attention_dropout", "parallel_block",
+         "parallel_norm", "segments",
          "relative_buckets", "relative_distance", "shared_embedding", "family", "vocab_size", "pooler")  # fmt: skip
 """Fields of ModelConfig that have the same name and value in config.json."""
 RENAMED = {
@@ -45,8 +46,8 @@ RENAMED = {
     "tie_word_embeddings": "tied_head",
 }
 """Name in config.json -> field of ModelConfig with the same value."""
-LATER = {"family", "logit_scale", "final_logit_softcapping", "pooler", "segments", "relative_buckets", "relative_distance",
-         "shared_embedding"}  # fmt: skip
+LATER = {"family", "parallel_norm", "logit_scale", "final_logit_softcapping", "pooler", "segments", "relative_buckets",
+         "relative_distance", "shared_embedding"}  # fmt: skip
 """Names in config.json that folders of earlier versions lack; their models are as by default."""
 
 
@@ -61,7 +62,6 @@ def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
         "max_position_embeddings": longest(model),
         "max_source_positions": model.source_positions if model.family == "encdec" else None,
         "encoder_layers": model.source_layers,
-        "rope_parameters": rope_parameters(model),
         "pad_token_id": model.padding_id,
         "embedding_scale": embedding_scale(model),
         "layer_types": layer_types(model),
@@ -76,6 +76,8 @@ def config(model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
         "norm": resolved.to_json(),
         "norm_config": asdict(model.norm),
     }
+    if model.positions == "rotary":  # transformers looks for rotary positions wherever this field is
+        fields["rope_parameters"] = rope_parameters(model)
     return fields | (label_fields(model.classes) if model.classes else {})
 
 

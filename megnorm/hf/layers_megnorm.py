@@ -140,7 +140,7 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: MegnormConfig, spec: Spec, layer_idx: int, *, causal: bool = True, cross: bool = False):
         super().__init__()
-        self.parallel = config.parallel_block
+        self.parallel, self.one_norm = config.parallel_block, config.parallel_norm == "one"
         self.attention = Attention(config, spec["attention"], layer_idx, causal=causal)
         first = self.attention.residual
         if cross:
@@ -165,5 +165,6 @@ class Block(GradientCheckpointingLayer):
             y, _ = other(u, **cross)
             middle = other.write(stream, second, u, y, x, attention.residual)
         stream, second, seen = ffn.read(middle)
-        u = ffn.input_norm(x if self.parallel else seen)
+        if not self.one_norm:
+            u = ffn.input_norm(x if self.parallel else seen)
         return ffn.write(stream, second, u, ffn(u, real), x, attention.residual)

@@ -16,7 +16,7 @@ from megnorm.norms import scheme
 
 class Block(nn.Module):
     """Attention, then feed-forward: [s, b, d] -> [s, b, d] (n streams: [n, s, b, d]). With
-    ``parallel_block`` both read the layer's input.
+    ``parallel_block`` both read the layer's input, through a norm each or through one.
 
     index: global in its stack, 0-based. stack: "" or the stack's path with a dot. causal: nobody looks to its right. cross:
     attention to ``Context.memory`` stands between the two.
@@ -34,7 +34,7 @@ class Block(nn.Module):
         cross: bool = False,
     ) -> None:
         super().__init__()
-        self.parallel = cfg.parallel_block
+        self.parallel, self.one_norm = cfg.parallel_block, cfg.parallel_norm == "one"
         path, window = f"{stack}blocks.{index}", cfg.attention.window_of(index)
         self.attention = SelfAttention(layer.attention, cfg, env, f"{path}.attention", causal=causal, window=window)
         self.cross_attention: CrossAttention | None = None
@@ -59,6 +59,9 @@ class Block(nn.Module):
             u, y = first.branch(x, context)
             y, u = self.boundary(first, second, x, u, y)
             return second(y, context, layer_input=x, u=u)
+        if self.one_norm:
+            u = first.input_norm(x)
+            return second(first(x, context, layer_input=x, u=u), context, layer_input=x, u=u)
         y = self.attention(x, context, layer_input=x)
         if self.cross_attention is not None:
             y = self.cross_attention(y, context, layer_input=x)

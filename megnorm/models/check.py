@@ -17,6 +17,8 @@ def model_problem(m: ModelConfig) -> str | None:
         return f"model.heads={m.heads} does not divide model.width={m.width}; set model.head_dim or use {fitting}"
     if m.heads % m.kv:
         return f"model.kv_heads={m.kv} does not divide model.heads={m.heads}; use {near(m.heads, m.kv)}"
+    if m.parallel_norm == "one" and not m.parallel_block:
+        return "model.parallel_norm=one is for branches side by side; set model.parallel_block=true or leave it out"
     if m.positions == "rotary" and m.hd % 2:
         return f"model.head_dim is {m.hd}; rotary positions need an even one"
     if m.padding_id is not None and not 0 <= m.padding_id < m.vocab_size:
@@ -51,6 +53,11 @@ def scheme_problem(m: ModelConfig, resolved: Resolved) -> str | None:
                 f"model.parallel_block: layer {i} of scheme '{resolved.scheme}' has a post norm, a gate or several streams, "
                 "scales the skip, or adds to something else than the stream, which has no meaning for branches that run side "
                 "by side; use a pre-norm scheme"
+            )
+        if m.parallel_norm == "one" and layer.attention.input is None:
+            return (
+                f"model.parallel_norm=one: layer {i} of scheme '{resolved.scheme}' has no norm before attention that the "
+                "feed-forward could share; use parallel_norm=each"
             )
     return None
 

@@ -147,7 +147,8 @@ class ModelConfig:
     logit_scale: factor on logits; logit_softcap: c in c tanh(logit / c), after it.
     bias: on every linear layer of the blocks; qkv_bias, o_bias: on q, k, v and on W_o alone (None: as bias); head_bias: on
     the head. vocab_size is logical: storage is padded for speed and tensor parallelism, and the padding never shows.
-    parallel_block: x + A(..) + F(..), both branches reading x.
+    parallel_block: x + A(..) + F(..), both branches reading x; parallel_norm: through a norm each, or through the
+    attention's "one" (GPT-J, PaLM).
     label_smoothing: share of a training target that is spread evenly over the vocabulary; evaluation has none.
 
     family: "causal", "masked" (an encoder with a masked-LM head), "encdec" (encoder-decoder) or "classifier" (an encoder with
@@ -191,6 +192,7 @@ class ModelConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     parallel_block: bool = False
+    parallel_norm: Literal["each", "one"] = "each"
     label_smoothing: float = 0.0
     shared_embedding: bool = False
     relative_buckets: int | None = None

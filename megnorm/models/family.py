@@ -1,6 +1,7 @@
 """What a model's family means: its tasks and options, its stacks, what pipeline stages share. No torch."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved, resolve, resolve_pair
@@ -23,6 +24,7 @@ OPTIONS = {
     "classes": ("classifier",),
     "pooler": ("classifier",),
     "parallel_block": ("causal", "masked", "classifier"),
+    "parallel_norm": ("causal", "masked", "classifier"),
     "padding_id": ("causal", "masked", "classifier"),
     "moe": ("causal",),
 }
@@ -54,7 +56,11 @@ def resolve_model(m: ModelConfig) -> Resolved:
     """The scheme of a config for its stack, or for its two. Raises SchemeError."""
     if m.family == "encdec":
         return resolve_pair(m.norm, m.source_layers, m.layers)
-    return resolve(m.norm, m.layers)
+    resolved = resolve(m.norm, m.layers)
+    if m.parallel_norm == "each":
+        return resolved
+    layers = (replace(layer, ffn=replace(layer.ffn, input=None)) for layer in resolved.layers)
+    return replace(resolved, layers=tuple(layers))
 
 
 def unit_costs(m: ModelConfig, sequence: int, predicted: float = 1.0) -> tuple[int, ...]:

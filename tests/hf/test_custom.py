@@ -65,6 +65,7 @@ def test_every_kind_and_gain(kind: str, gain: str) -> None:
         {"positions": "rotary", "padding_id": 1, "activation": "geglu_tanh"},
         {"positions": "sinusoidal", "width": 18, "heads": 3, "kv_heads": 1, "activation": "reglu"},
         {"positions": "none", "parallel_block": True, "head_dim": 6, "activation": "geglu", "head_bias": True},
+        {"parallel_block": True, "parallel_norm": "one", "bias": True},
         {"parallel_block": True, "kv_heads": 1, "bias": True, "activation": "silu"},
         {"positions": "learned", "padding_id": 1, "attention": AttentionConfig(window=6)},
     ],

@@ -79,6 +79,7 @@ def test_other_activations(runs: list[_Unit], activation: str) -> None:
 def test_padding_and_parallel_blocks(runs: list[_Unit]) -> None:
     check(runs, "hybridnorm", model="fairseq")
     check(runs, "preln", changes={"parallel_block": True})
+    check(runs, "preln", changes={"parallel_block": True, "parallel_norm": "one"})
     check(runs, "sandwich", changes={"parallel_block": True, "bias": True})
 
 

@@ -59,6 +59,16 @@ def test_a_parallel_block_only_adds_to_the_stream(scheme: str) -> None:
         make_plan(configs.load(None, ["model.parallel_block=true", f"model.norm.scheme={scheme}"]), 1)
 
 
+def test_one_norm_needs_branches_that_share_it() -> None:
+    one = "model.parallel_norm=one"
+    with pytest.raises(PlanError, match="set model.parallel_block=true"):
+        make_plan(configs.load(None, [one]), 1)
+    with pytest.raises(PlanError, match="no norm before attention"):
+        make_plan(configs.load(None, [one, "model.parallel_block=true", "model.norm.scheme=nonorm"]), 1)
+    with pytest.raises(PlanError, match="model.parallel_norm has no meaning for model.family=encdec"):
+        make_plan(configs.load(None, [one, "model.family=encdec"]), 1)
+
+
 def test_true_is_no_number() -> None:
     with pytest.raises(configs.ConfigError, match="model.layers: true"):
         configs.load(None, ["model.layers=true"])
