@@ -21,7 +21,8 @@ from megnorm.hf.families.registry import by_model_type, choose
 from megnorm.hf.fold import State, fold, fold_scores
 from megnorm.hf.tokenizer import SpecialIds, write_tokenizer
 from megnorm.models.config import ModelConfig
-from megnorm.norms.resolve import Resolved, resolve
+from megnorm.models.family import resolve_model
+from megnorm.norms.resolve import Resolved
 
 Read = TypeVar("Read")
 
@@ -138,8 +139,8 @@ def from_hf(folder: Path) -> Imported:
             (fields.get("architectures") or [""])[0],
             before=bool(fields.get("do_layer_norm_before", True)),
         )
-        model = _read_config(file, family.read_config, fields)
-        resolved = resolve(model.norm, model.layers)
+        model = _read_config(file, family.read_config, dict(family.told(fields, tensors)))
+        resolved = resolve_model(model)
         state = family.restore(family.unrename(_tidy(tensors, fields, model), model), model)
         architecture = family.architecture
     if model.tied_head:
@@ -250,17 +251,32 @@ def _read_weights(folder: Path) -> State:
 def _tidy(tensors: State, fields: Mapping[str, Any], model: ModelConfig) -> State:
     """Without buffers of old versions and without the tied head; with the base model's prefix if it was left out."""
     kept = {n: t for n, t in tensors.items() if not n.endswith(("rotary_emb.inv_freq", "attn.masked_bias"))}
-    if fields["model_type"] in ("gpt2", "gpt_bigcode", "gpt_neox"):
+    if fields["model_type"] in ("gpt2", "gpt_bigcode", "gpt_neox", "gptj"):
         kept = {n: t for n, t in kept.items() if not n.endswith((".attn.bias", ".attention.bias", ".masked_bias"))}
         kept = {n.replace("embed_out.", "lm_head."): t for n, t in kept.items()}
     if fields["model_type"] in ("bert", "roberta"):
         return _tidy_encoder(kept)
-    prefix = "transformer." if fields["model_type"] in ("gpt2", "gpt_bigcode", "bloom", "mpt") else "model."
+    if model.family == "encdec":
+        return _tidy_pairs(kept, model, "" if fields["model_type"] == "t5" else "model.")
+    prefix = "transformer." if fields["model_type"] in ("gpt2", "gpt_bigcode", "gptj", "bloom", "mpt") else "model."
     prefix = "gpt_neox." if fields["model_type"] == "gpt_neox" else prefix
     kept = {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
     if model.tied_head:
         kept.pop("lm_head.weight", None)
     return kept
+
+
+def _tidy_pairs(tensors: State, model: ModelConfig, prefix: str) -> State:
+    """Without what ties to the shared table; with the base model's prefix if it was left out."""
+    cross = (
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # T5's first weights have it, unread
+    )
+    bias = tensors.get("final_logits_bias")
+    if bias is not None and bias.any():
+        raise ValueError("final_logits_bias: it is not zero, which megnorm cannot express; set it to zero")
+    left = ("coder.embed_tokens.weight", "final_logits_bias", *(["lm_head.weight"] if model.tied_head else []), cross)
+    kept = {n: t for n, t in tensors.items() if not n.endswith(left)}
+    return {n if n.startswith((prefix, "lm_head.")) else prefix + n: t for n, t in kept.items()}
 
 
 def _tidy_encoder(tensors: State) -> State:

@@ -10,19 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
-from megnorm.norms.scheme import Layer, Norm, Scale
+from megnorm.norms.scheme import Attention, Layer, Norm, Scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, "Tensor"]
-SITES = {
-    "attention": ("input", "output", "post", "q", "k", "v", "context"),
-    "ffn": ("input", "output", "post", "inner"),
-}
-LAST = {"attention": "o", "ffn": "down"}
+_ATTENTION = ("input", "output", "post", "q", "k", "v", "context")
+SITES = {"attention": _ATTENTION, "cross_attention": _ATTENTION, "ffn": ("input", "output", "post", "inner")}
+LAST = {"attention": "o", "cross_attention": "o", "ffn": "down"}
 INVARIANT = ("layernorm", "rmsnorm")
 """Kinds that undo a factor on their input, up to eps."""
+
+
+def stacks(resolved: Resolved) -> list[tuple[str, Resolved]]:
+    """Each stack with what the names of its tensors begin with."""
+    if resolved.encoder is None:
+        return [("", resolved)]
+    return [("encoder.", resolved.encoder), ("decoder.", replace(resolved, encoder=None))]
+
+
+def parts(path: str, layer: Layer) -> dict[str, Any]:
+    """The sub-layers of a layer of the stack ``path`` by name."""
+    found = {"attention": layer.attention, "ffn": layer.ffn}
+    return found | {"cross_attention": layer.cross_attention or layer.attention} if path == "decoder." else found
 
 
 def fold(
@@ -33,37 +44,45 @@ def fold(
     state: full logical tensors by canonical name; None folds the declaration alone. The input is not changed.
     """
     made: State = dict(state or {})
-    layers = tuple(_layer(f"blocks.{i}", layer, model, made) for i, layer in enumerate(resolved.layers))
-    embedding = _norm("embed.norm", resolved.embedding, model.width, made)
-    final = _norm("final_norm", resolved.final, model.width, made)
+    plain = resolved
+    for path, stack in stacks(resolved):
+        layers = tuple(_layer(path, i, layer, model, made) for i, layer in enumerate(stack.layers))
+        embedding = _norm(f"{path}embed.norm", stack.embedding, model.width, made)
+        final = _norm(f"{path}final_norm", stack.final, model.width, made)
+        stack = replace(stack, layers=layers, embedding=embedding, final=final)
+        plain = replace(plain, encoder=stack) if path == "encoder." else replace(stack, encoder=plain.encoder)
     scale = embedding_scale(model)
     if scale != 1.0 and not model.tied_head:
-        _multiply(made, "embed.token.weight", scale)
+        for path in ("", "encoder.", "decoder."):
+            _multiply(made, f"{path}embed.token.weight", scale)
         model = replace(model, embedding_scale=1.0)
-    if model.logit_scale != 1.0 and not (model.tied_head and (final is None or model.head_transform)):
-        _scale_logits(model, final, made)
+    if model.logit_scale != 1.0 and not (model.tied_head and (plain.final is None or model.head_transform)):
+        _scale_logits(model, plain, made)
         model = replace(model, logit_scale=1.0)
-    return model, replace(resolved, layers=layers, embedding=embedding, final=final), made
+    return model, plain, made
 
 
 def fold_skip(resolved: Resolved, state: Mapping[str, "Tensor"] | None = None) -> tuple[Resolved, State]:
     """N(a r + y) as N(r + y / a) with eps / a^2, in every sub-layer that has a constant skip and a post norm."""
     made: State = dict(state or {})
-    layers = []
-    for i, layer in enumerate(resolved.layers):
-        for part in ("attention", "ffn"):
-            sub = getattr(layer, part)
-            skip, post = sub.residual.skip, sub.post
-            free = skip.learned is None and not (sub.residual.layer_input or sub.residual.gate)
-            free = free and sub.residual.source == "stream"
-            if skip.value == 1.0 or skip.value <= 0 or not free or post is None or post.kind not in INVARIANT:
-                continue
-            _scale_branch(f"blocks.{i}.{part}", LAST[part], sub.output, 1.0 / skip.value, made)
-            post = replace(post, eps=post.eps / skip.value**2)
-            sub = replace(sub, post=post, residual=replace(sub.residual, skip=Scale()))
-            layer = replace(layer, **{part: sub})
-        layers.append(layer)
-    return replace(resolved, layers=tuple(layers)), made
+    plain = resolved
+    for path, stack in stacks(resolved):
+        layers = []
+        for i, layer in enumerate(stack.layers):
+            for part, sub in parts(path, layer).items():
+                skip, post = sub.residual.skip, sub.post
+                free = skip.learned is None and not (sub.residual.layer_input or sub.residual.gate)
+                free = free and sub.residual.source == "stream"
+                if skip.value == 1.0 or skip.value <= 0 or not free or post is None or post.kind not in INVARIANT:
+                    continue
+                _scale_branch(f"{path}blocks.{i}.{part}", LAST[part], sub.output, 1.0 / skip.value, made)
+                post = replace(post, eps=post.eps / skip.value**2)
+                sub = replace(sub, post=post, residual=replace(sub.residual, skip=Scale()))
+                layer = replace(layer, **{part: sub})
+            layers.append(layer)
+        stack = replace(stack, layers=tuple(layers))
+        plain = replace(plain, encoder=stack) if path == "encoder." else replace(stack, encoder=plain.encoder)
+    return plain, made
 
 
 def fold_scores(
@@ -74,10 +93,12 @@ def fold_scores(
     if model.attention.scale is None:
         return model, made
     factor = model.attention.scale * model.hd**0.5
-    for i, layer in enumerate(resolved.layers):
-        _scale(
-            f"blocks.{i}.attention.q" + ("" if layer.attention.q is None else "_norm"), layer.attention.q, factor, made
-        )
+    for path, stack in stacks(resolved):
+        for i, layer in enumerate(stack.layers):
+            for part, sub in parts(path, layer).items():
+                if isinstance(sub, Attention):
+                    name = f"{path}blocks.{i}.{part}.q" + ("" if sub.q is None else "_norm")
+                    _scale(name, sub.q, factor, made)
     return replace(model, attention=replace(model.attention, scale=None)), made
 
 
@@ -86,14 +107,13 @@ def embedding_scale(model: ModelConfig) -> float:
     return model.width**0.5 if model.embedding_scale == "sqrt_width" else float(model.embedding_scale)
 
 
-def _layer(path: str, layer: Layer, model: ModelConfig, state: State) -> Layer:
-    sizes = {"q": model.heads, "k": model.kv, "v": model.kv, "context": model.heads}
+def _layer(stack: str, i: int, layer: Layer, model: ModelConfig, state: State) -> Layer:
+    sizes, path = {"q": model.heads, "k": model.kv, "v": model.kv, "context": model.heads}, f"{stack}blocks.{i}"
     shared = {name: state.get(f"{path}.attention.residual.{name}") for name in ("skip", "branch")}
     changes: dict[str, Any] = {}
-    for part, sites in SITES.items():
-        sub, here = getattr(layer, part), f"{path}.{part}"
-        norms = {}
-        for site in sites:
+    for part, sub in parts(stack, layer).items():
+        here, norms = f"{path}.{part}", {}
+        for site in SITES[part]:
             norm = getattr(sub, site)
             width = model.ffn if site == "inner" else model.width
             if norm is not None and site in sizes:
@@ -108,10 +128,10 @@ def _layer(path: str, layer: Layer, model: ModelConfig, state: State) -> Layer:
             if state:
                 _scale_branch(here, LAST[part], sub.output, factor, state)
             sub = replace(sub, residual=replace(sub.residual, branch=Scale()))
+        if isinstance(sub, Attention) and sub.head_scale is not None:
+            _head_scale(here, sub.head_scale, model, state)
+            sub = replace(sub, head_scale=None)
         changes[part] = sub
-    if changes["attention"].head_scale is not None:
-        _head_scale(f"{path}.attention", changes["attention"].head_scale, model, state)
-        changes["attention"] = replace(changes["attention"], head_scale=None)
     return replace(layer, **changes)
 
 
@@ -143,12 +163,13 @@ def _scale_branch(path: str, last: str, output: Norm | None, factor: "float | Te
         _multiply(state, name, factor[:, None] if name.endswith("weight") and not isinstance(factor, float) else factor)
 
 
-def _scale_logits(model: ModelConfig, final: Norm | None, state: State) -> None:
+def _scale_logits(model: ModelConfig, resolved: Resolved, state: State) -> None:
     """In the head; a tied one leaves it to the final norm."""
     if not model.tied_head:
         _scale("head", None, model.logit_scale, state)
         return
-    _scale("final_norm", final, model.logit_scale, state)
+    path, last = stacks(resolved)[-1]
+    _scale(f"{path}final_norm", last.final, model.logit_scale, state)
     _multiply(state, "head.bias", model.logit_scale)
 
 

@@ -192,12 +192,12 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "statistics.json").write_text('{"q": {"std": 0.02}}')
     (folder / "hf2.5").mkdir()
     for name in ("config.json", "golden.json"):
-        (folder / "hf2.5" / name).write_text('{"model_type": "gptj"}')
+        (folder / "hf2.5" / name).write_text('{"model_type": "mamba"}')
     assert main([str(folder)]) == 0
     lines = lines_of(capsys)
     assert [line.split(":")[0] for line in lines[:-1]] == ["deep/hybrid_dense__hybridnorm", "deep/mixln_pre", "hf2.5"]
     assert lines[0].endswith("  pass") and "hybridnorm  logits " in lines[0]
-    assert lines[2].endswith("not covered (megnorm does not import model_type 'gptj')")
+    assert lines[2].endswith("not covered (megnorm does not import model_type 'mamba')")
     assert lines[-1] == "2 passed, 0 failed, 1 not covered"
 
 

@@ -34,6 +34,7 @@ class Tolerance:
 
 
 NEUTRAL = Tolerance(logits=1e-10, loss=1e-10, gradient=1e-6)
+SINGLE = Tolerance(logits=1e-7, loss=1e-7, gradient=1e-6)
 FRONTIER = Tolerance(logits=2e-4, loss=2e-4, gradient=1e-3)
 
 

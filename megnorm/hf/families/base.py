@@ -4,15 +4,15 @@ A class is accepted when it computes the same in exact arithmetic. Where an RMSN
 differs between classes and matters in low precision only; it is not compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from megnorm.hf.families.rope import FULL, layer_types
-from megnorm.hf.fold import SITES, State, embedding_scale
+from megnorm.hf.fold import SITES, State, embedding_scale, parts, stacks
 from megnorm.models.config import GATED, ModelConfig
 from megnorm.norms.resolve import Resolved
-from megnorm.norms.scheme import Norm, Scale
+from megnorm.norms.scheme import Norm, Scale, SubLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,35 +44,42 @@ class Pattern:
 
     def refuse(self, resolved: Resolved) -> str | None:
         """Why the norms of a folded model are not this pattern; None if they are."""
-        for i, layer in enumerate(resolved.layers):
-            for part, sites in SITES.items():
-                sub, wanted = getattr(layer, part), getattr(self, part)
-                for site in sites:
-                    norm, name = getattr(sub, site), f"blocks.{i}.{part}.{site}"
-                    if (norm is not None) != (site in wanted):
-                        return f"{name}: {_only(site in wanted)} has a norm there"
-                    over = self.over.get(site, "width")
-                    if norm is not None and norm.over != over:
-                        return f"{name}: the class normalizes over {over}, the model over {norm.over}"
-                residual = sub.residual
-                if (
-                    residual.rule != "add"
-                    or residual.source != "stream"
-                    or residual.layer_input
-                    or residual.gate
-                    or sub.second
-                    or sub.mix
-                ):
-                    return f"blocks.{i}.{part}.residual: the class adds the plain stream"
-                if residual.branch != Scale() or residual.skip.learned is not None:
-                    return f"blocks.{i}.{part}.residual: the class has no learned factor there"
-        for name, norm, wanted in (
-            ("embedding", resolved.embedding, self.embedding),
-            ("final", resolved.final, self.final),
-        ):
-            if (norm is not None) != wanted:
-                return f"{name}: {_only(wanted)} has a norm there"
+        for path, stack in stacks(resolved):
+            for i, layer in enumerate(stack.layers):
+                for part, sub in parts(path, layer).items():
+                    reason = self._refuse_part(f"{path}blocks.{i}.{part}", sub, part)
+                    if reason is not None:
+                        return reason
+            for name, norm, wanted in (
+                ("embedding", stack.embedding, self.embedding),
+                ("final", stack.final, self.final),
+            ):
+                if (norm is not None) != wanted:
+                    return f"{path}{name}: {_only(wanted)} has a norm there"
         return self._refuse_kind(resolved)
+
+    def _refuse_part(self, path: str, sub: SubLayer, part: str) -> str | None:
+        sites = self.ffn if part == "ffn" else self.attention
+        for site in SITES[part]:
+            norm, name = getattr(sub, site), f"{path}.{site}"
+            if (norm is not None) != (site in sites):
+                return f"{name}: {_only(site in sites)} has a norm there"
+            over = self.over.get(site, "width")
+            if norm is not None and norm.over != over:
+                return f"{name}: the class normalizes over {over}, the model over {norm.over}"
+        residual = sub.residual
+        if (
+            residual.rule != "add"
+            or residual.source != "stream"
+            or residual.layer_input
+            or residual.gate
+            or sub.second
+            or sub.mix
+        ):
+            return f"{path}.residual: the class adds the plain stream"
+        if residual.branch != Scale() or residual.skip.learned is not None:
+            return f"{path}.residual: the class has no learned factor there"
+        return None
 
     def _refuse_kind(self, resolved: Resolved) -> str | None:
         for name, norm in norms(resolved):
@@ -91,10 +98,12 @@ def _only(theirs: bool) -> str:
 
 def norms(resolved: Resolved) -> list[tuple[str, Norm]]:
     """Every norm of a model with its place."""
-    found = [("embedding", resolved.embedding), ("final", resolved.final)]
-    for i, layer in enumerate(resolved.layers):
-        for part, sites in SITES.items():
-            found += [(f"blocks.{i}.{part}.{site}", getattr(getattr(layer, part), site)) for site in sites]
+    found: list[tuple[str, Norm | None]] = []
+    for path, stack in stacks(resolved):
+        found += [(f"{path}embedding", stack.embedding), (f"{path}final", stack.final)]
+        for i, layer in enumerate(stack.layers):
+            for part, sub in parts(path, layer).items():
+                found += [(f"{path}blocks.{i}.{part}.{site}", getattr(sub, site)) for site in SITES[part]]
     return [(name, norm) for name, norm in found if norm is not None]
 
 
@@ -105,14 +114,17 @@ def one_eps(resolved: Resolved) -> str | None:
 
 
 def skips(resolved: Resolved, part: str) -> set[float]:
-    return {getattr(layer, part).residual.skip.value for layer in resolved.layers}
+    """Factors on the skip of one kind of sub-layer, in all stacks."""
+    found = [parts(path, layer) for path, stack in stacks(resolved) for layer in stack.layers]
+    return {subs[part].residual.skip.value for subs in found if part in subs}
 
 
 class Family:
     """One class of transformers. A subclass says what it accepts and how its config and tensors look.
 
     windows, two_thetas, softcaps: what it has of ``AttentionConfig``; the factor on scores can always be folded.
-    partial_rotary, side_by_side: it may turn a part of each head, and run both branches beside each other.
+    partial_rotary, side_by_side: it may turn a part of each head, and run both branches beside each other; one_norm: these read
+    one norm. biased_head: its head may have a bias.
     family, experts: of what models it is a class.
     names: canonical name -> theirs, ``{i}`` for the layer index, ``{e}`` for an expert's; both directions of the conversion
     read it.
@@ -126,13 +138,15 @@ class Family:
     softcaps = False
     partial_rotary = False
     side_by_side = False
+    one_norm = False
+    biased_head = False
     family = "causal"  # model.family
     experts = False
 
     @property
     def name(self) -> str:
         """transformers' model_type: the class's name in lower case, but for the oldest."""
-        return self.architecture.removesuffix("ForCausalLM").lower()
+        return self.architecture.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration").lower()
 
     def serves(self, model: ModelConfig) -> bool:
         """Whether it is a class for such models at all: of their family, with experts or without."""
@@ -145,18 +159,20 @@ class Family:
     def accepts(self, model: ModelConfig, resolved: Resolved) -> str | None:
         """Why this class cannot hold the (folded) model exactly; None if it can."""
         reason = self.pattern.refuse(resolved) or self.refuse_sizes(model)
-        if reason is None and any(skips(resolved, part) != {1.0} for part in ("attention", "ffn")):
+        if reason is None and any(skips(resolved, part) - {1.0} for part in SITES):
             reason = "residual.skip: the class adds the stream with factor 1"
         return reason or self.refuse(model, resolved)
 
     def refuse_sizes(self, model: ModelConfig) -> str | None:
         """What no class here has."""
-        if model.head_bias:
+        if model.head_bias and not self.biased_head:
             return "head_bias: the class has no bias on the head"
         if model.rope_fraction != 1.0 and not self.partial_rotary:
             return "rope_fraction: the class turns whole heads"
         if model.parallel_block and not self.side_by_side:
             return "parallel_block: the class runs attention and feed-forward one after the other"
+        if (model.parallel_norm == "one") != self.one_norm:
+            return f"parallel_norm: the class has {'one' if self.one_norm else 'a norm for each branch'}"
         if model.padding_id is not None:
             return "padding_id: the class does not look for padding by itself"
         if embedding_scale(model) != 1.0:
@@ -201,6 +217,10 @@ class Family:
         """The ModelConfig of a config.json. Abstract. Raises ValueError naming what megnorm cannot express."""
         raise NotImplementedError
 
+    def told(self, config: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
+        """``config`` with what the names of the weights tell beside it."""
+        return config
+
     def rename(self, state: Mapping[str, "Tensor"], model: ModelConfig) -> State:
         return _renamed(state, dict(self._table(model)), self.name)
 
@@ -208,9 +228,15 @@ class Family:
         return _renamed(state, {theirs: ours for ours, theirs in self._table(model)}, self.name)
 
     def _table(self, model: ModelConfig) -> list[tuple[str, str]]:
+        return self.table_of(self.names, model)
+
+    @staticmethod
+    def table_of(names: Mapping[str, str], model: ModelConfig) -> list[tuple[str, str]]:
+        """(our name, theirs) of every tensor that a model may have."""
         table = []
-        for ours, theirs in self.names.items():
-            for i in range(model.layers) if "{i}" in ours else range(1):
+        for ours, theirs in names.items():
+            layers = model.source_layers if ours.startswith("encoder.") else model.layers
+            for i in range(layers) if "{i}" in ours else range(1):
                 for e in range(model.moe.experts) if "{e}" in ours else range(1):
                     for kind in ("weight", "bias"):
                         table.append((f"{ours.format(i=i, e=e)}.{kind}", f"{theirs.format(i=i, e=e)}.{kind}"))

@@ -57,10 +57,10 @@ class GPTNeoX(FusedByHead):
         }
 
     def transform(self, state: State, model: ModelConfig) -> State:
-        return super().transform(_in_order(state, model, theirs=True), model)
+        return super().transform(in_order(state, model, theirs=True), model)
 
     def restore(self, state: State, model: ModelConfig) -> State:
-        return _in_order(super().restore(state, model), model, theirs=False)
+        return in_order(super().restore(state, model), model, theirs=False)
 
     def read_config(self, config: Mapping[str, Any]) -> ModelConfig:
         known = {"rope_theta": config.get("rotary_emb_base", 10000.0), **config}
@@ -87,16 +87,19 @@ class GPTNeoX(FusedByHead):
         )
 
 
-def _in_order(state: State, model: ModelConfig, *, theirs: bool) -> State:
+def in_order(state: State, model: ModelConfig, *, theirs: bool, neighbours: bool = False) -> State:
     """Rows of q and k by head in their order or in megnorm's, which turns feature j with j + hd/2.
 
-    The class turns j with j + r/2 of the first r features; scores do not depend on the order.
+    The class turns j with j + r/2 of the first r features, or ``neighbours`` 2j and 2j + 1; scores do not depend on the order.
     """
     import torch
 
     half, turned = model.hd // 2, model.rotary_dim // 2
     rest = list(range(2 * turned, model.hd))
-    ours = [*range(turned), *rest[: half - turned], *range(turned, 2 * turned), *rest[half - turned :]]
+    first, second = range(turned), range(turned, 2 * turned)
+    if neighbours:
+        first, second = range(0, 2 * turned, 2), range(1, 2 * turned, 2)
+    ours = [*first, *rest[: half - turned], *second, *rest[half - turned :]]
     order = torch.tensor(ours)  # place in megnorm's head -> place in theirs
     order = order.argsort() if theirs else order
     made = dict(state)

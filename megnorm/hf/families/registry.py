@@ -1,24 +1,28 @@
 """The families in order of trial, and the question which of them holds a model."""
 
 from megnorm.hf.families.alibi import Bloom, Mpt
+from megnorm.hf.families.bart import Bart, MBart
 from megnorm.hf.families.base import Family
 from megnorm.hf.families.bert import BertClasses, BertMasked, RobertaClasses, RobertaMasked
 from megnorm.hf.families.gemma2 import Gemma2, Gemma3
 from megnorm.hf.families.gpt2 import GPT2, GPTBigCode
+from megnorm.hf.families.gptj import GPTJ
 from megnorm.hf.families.llama import Llama, Ministral, Mistral, Qwen2, Qwen3
 from megnorm.hf.families.minimax import MiniMax
 from megnorm.hf.families.moe import Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
 from megnorm.hf.families.neox import GPTNeoX
 from megnorm.hf.families.olmo import Olmo2
 from megnorm.hf.families.opt import OPTPostLN, OPTPreLN
+from megnorm.hf.families.t5 import T5
 from megnorm.hf.fold import fold
 from megnorm.models.config import ModelConfig
 from megnorm.norms.resolve import Resolved
 
 FAMILIES: tuple[Family, ...] = (
     *(Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), Olmo2(), Gemma2(), Gemma3()),
-    *(GPT2(), GPTBigCode(), OPTPostLN(), OPTPreLN(), Bloom(), Mpt(), GPTNeoX(), MiniMax()),
+    *(GPT2(), GPTBigCode(), OPTPostLN(), OPTPreLN(), Bloom(), Mpt(), GPTNeoX(), GPTJ(), MiniMax()),
     *(Mixtral(), Olmoe(), Qwen3Moe(), Qwen2Moe(), BertMasked(), BertClasses(), RobertaMasked(), RobertaClasses()),
+    *(T5(), MBart(), Bart()),
 )
 
 
