@@ -124,7 +124,7 @@ def _check_layout(config: RunConfig, world: int) -> int:
         raise PlanError(
             f"model.ffn={m.ffn} is not divisible by parallel.tp={tp}; use {near(m.ffn, tp)} or ffn={-(-m.ffn // tp) * tp}"
         )
-    refuse(check.expert_problem(m, tp=tp, ep=parallel.ep, dp=dp))
+    refuse(check.expert_problem(m, tp=tp, ep=parallel.ep, dp=dp, pp=pp))
     return dp
 
 

@@ -5,10 +5,10 @@ training code's builder from a config derived from its json alone (a folder's by
 forward and backward, and compared: one line a golden, then ``N passed, M failed, K not covered``. The exit status is 1 if
 any failed, 2 for wrong arguments.
 
-Errors and limits: neutral sets and folders in float64, logits and loss 1e-10 relative to max(1, largest magnitude) (GPT-J,
-whose reference has its rotary angles in float32: 1e-7), each gradient 1e-6 of max(its norm, 1e-3 of the global norm);
-frontier sets in float32, logits and loss 2e-4 absolute, each gradient 1e-3 by the same rule. Errors are largest over
-elements (logits) and over parameters (gradients).
+Errors and limits: neutral sets and folders in float64, logits and loss 1e-10 relative to max(1, largest magnitude) (1e-7
+where the reference computed in float32: GPT-J's rotary angles, balance losses of experts), each gradient 1e-6 of max(its
+norm, 1e-3 of the global norm); frontier sets in float32, logits and loss 2e-4 absolute, each gradient 1e-3 by the same
+rule. Errors are largest over elements (logits) and over parameters (gradients).
 """
 
 import argparse

@@ -21,6 +21,7 @@ class Routing:
     segment: [t] int64, the sequence that a token is of (of packed rows: the document); there are ``count``. real: [t]
     bool, False for padding, which no expert gets; None: no padding. weight: [count], the tokens of a sequence that have a
     loss; None: no losses are asked for. losses: of the layers so far, scalars: sum of weight * mean over the sequence.
+    shares: where all layers are balanced together, of each the mean scores and the shares of slots, [count, experts].
     """
 
     segment: Tensor
@@ -28,6 +29,7 @@ class Routing:
     real: Tensor | None = None
     weight: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
+    shares: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @staticmethod
     def of(

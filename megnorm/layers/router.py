@@ -8,7 +8,8 @@ The losses of a sparse layer, over a sequence of N real tokens with E experts of
 balance is 1 for even loads. A layer adds the mean over the tokens that have a loss of their sequence's
 balance_loss * balance + z_loss * z, divided by the number of sparse layers, to the mean loss of the tokens. The value is a
 function of the sequences of a step and of nothing else: not of tp, dp, ep, stages or micro-batches. With
-balance_over=micro_batch "sequence" means all that a rank sends through the layer at once.
+balance_over=micro_batch "sequence" means all that a rank sends through the layer at once. With balance_across=layers f_e
+and P_e are means over the sparse layers, and the model has one balance loss of them.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from megnorm.kernels.torch_ref import wide
 from megnorm.layers.dispatch import Routing
 from megnorm.layers.env import Env
 from megnorm.layers.wide import WideLinear
-from megnorm.models.config import ModelConfig
+from megnorm.models.config import ModelConfig, MoEConfig
 from megnorm.parallel.collectives import all_reduce, own_slice, sum_from
 from megnorm.parallel.layout import Layout, parameter
 from megnorm.parallel.mesh import Mesh
@@ -71,16 +72,19 @@ class Router(nn.Module):
             self.load += picked.sum(0) if real is None else real @ picked
         if routing.weight is None or not (self.moe.balance_loss or self.moe.z_loss):
             return
-        loss = self._loss(logits, scores, picked, real, routing)
+        loss, shares = self._loss(logits, scores, picked, real, routing)
         if not computed_again():
             routing.losses.append(loss)
+            routing.shares.append(shares)
 
-    def _loss(self, logits: Tensor, scores: Tensor, picked: Tensor, real: Tensor | None, routing: Routing) -> Tensor:
-        """The layer's losses, summed over sequences by their tokens with a loss; the same on every tp rank."""
-        moe, weight = self.moe, routing.weight
-        assert weight is not None
+    def _loss(
+        self, logits: Tensor, scores: Tensor, picked: Tensor, real: Tensor | None, routing: Routing
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The layer's losses, summed over sequences by their tokens with a loss, and what a balance across layers is made of;
+        the same on every tp rank."""
+        moe, weight = self.moe, _weight(self.moe, routing)
         if moe.balance_over == "micro_batch":
-            inside, weight = torch.ones_like(scores[:, :1]).t(), weight.sum()[None]
+            inside = torch.ones_like(scores[:, :1]).t()
         else:
             segment = own_slice(routing.segment, self.mesh.sp)
             inside = (segment == torch.arange(routing.count, device=segment.device)[:, None]).to(scores.dtype)
@@ -90,9 +94,32 @@ class Router(nn.Module):
         sums = sum_from(inside @ torch.cat([p, z, picked, torch.ones_like(z)], -1), self.mesh.sp)
         n = sums[:, -1:].clamp_min(1.0)
         mean_p, mean_z, share = (sums[:, :-1] / n).split([moe.experts, 1, moe.experts], -1)
-        balance = (mean_p * share).sum(-1) * (moe.experts / moe.top_k)
-        both = moe.balance_loss * balance + moe.z_loss * mean_z.squeeze(-1)
-        return (both * weight.to(both.dtype)).sum() / self.layers
+        both = moe.z_loss * mean_z.squeeze(-1)
+        if moe.balance_across == "layer":
+            both = both + moe.balance_loss * _balance(moe, mean_p, share)
+        return (both * weight.to(both.dtype)).sum() / self.layers, (mean_p, share)
+
+
+def _balance(moe: MoEConfig, mean_p: Tensor, share: Tensor) -> Tensor:
+    """E * sum_e f_e P_e of each sequence, f_e being the share over k: [count, experts] each -> [count]."""
+    return (mean_p * share).sum(-1) * (moe.experts / moe.top_k)
+
+
+def _weight(moe: MoEConfig, routing: Routing) -> Tensor:
+    assert routing.weight is not None
+    return routing.weight.sum()[None] if moe.balance_over == "micro_batch" else routing.weight
+
+
+def left_by(moe: MoEConfig, routing: Routing) -> Tensor | None:
+    """What the sparse layers of a forward pass left in losses, all together; None: nothing."""
+    if not routing.losses:
+        return None
+    total = torch.stack(routing.losses).sum()
+    if moe.balance_across == "layers" and moe.balance_loss:
+        mean_p, share = (torch.stack(parts).mean(0) for parts in zip(*routing.shares, strict=True))
+        balance = _balance(moe, mean_p, share)
+        total = total + moe.balance_loss * (balance * _weight(moe, routing).to(balance.dtype)).sum()
+    return total
 
 
 def computed_again() -> bool:

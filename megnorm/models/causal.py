@@ -16,6 +16,7 @@ from megnorm.layers.env import Context, Env
 from megnorm.layers.init import initialize
 from megnorm.layers.norm import norm_or_identity
 from megnorm.layers.rope import rotations, token_positions
+from megnorm.layers.router import left_by
 from megnorm.models.config import ModelConfig
 from megnorm.models.count import padded_vocabulary
 from megnorm.models.family import resolve_model
@@ -120,7 +121,8 @@ class CausalLM(nn.Module):
         if self.last:
             losses = self.head.token_losses(out, batch.labels, self.cfg.label_smoothing if self.training else 0.0)
             out = (losses * batch.loss_mask).sum()
-        return (out, torch.stack(routing.losses).sum()) if routing is not None and routing.losses else out
+        beside = None if routing is None else left_by(self.cfg.moe, routing)
+        return out if beside is None else (out, beside)
 
     def _routing(self, tokens: Tensor, documents: tuple[int, ...] | None, loss_mask: Tensor | None = None) -> Routing:
         s, b = tokens.shape

@@ -76,11 +76,16 @@ def _runs_beside(part: SubLayer) -> bool:
     )
 
 
-def expert_problem(m: ModelConfig, *, tp: int, ep: int, dp: int) -> str | None:
+def expert_problem(m: ModelConfig, *, tp: int, ep: int, dp: int, pp: int) -> str | None:
     """Experts that do not split over these ranks."""
     if not m.moe.experts:
         shared = f"parallel.ep={ep} shares experts, but model.moe.experts is 0; set one of them otherwise"
         return shared if ep > 1 else None
+    if m.moe.balance_across == "layers" and m.moe.balance_loss and pp > 1:
+        return (
+            f"model.moe.balance_across=layers asks for the loads of all layers at once, but parallel.pp={pp} runs them in turn;"
+            " use balance_across=layer or parallel.pp=1"
+        )
     if dp % ep:
         return f"parallel.ep={ep} does not divide the {dp} data-parallel ranks; use {near(dp, ep)}"
     if m.moe.experts % ep:

@@ -103,6 +103,7 @@ class MoEConfig:
     balance_loss, z_loss: coefficients of the losses that layers/router.py defines, means over tokens and sparse layers.
     balance_over: what the balance loss counts experts in: each sequence (the same in every layout and micro-batch size),
     or a rank's whole micro-batch (as published models were trained; another train.micro_batch is another loss).
+    balance_across: each layer balances by itself, or all "layers" together (Mixtral's and OLMoE's classes in transformers).
     bias_rate: balance without a loss: after each step the score by which an expert is chosen, and not its weight, moves by
     this much against its load (arXiv:2408.15664). capacity: an expert takes at most capacity * top_k / experts of the
     tokens of a sequence, the earlier ones; the others go on without it. None: it takes all (dropless).
@@ -120,6 +121,7 @@ class MoEConfig:
     balance_loss: float = 0.0
     z_loss: float = 0.0
     balance_over: Literal["sequence", "micro_batch"] = "sequence"
+    balance_across: Literal["layer", "layers"] = "layer"
     bias_rate: float = 0.0
     capacity: float | None = None
 

@@ -19,6 +19,7 @@ from megnorm.layers import router
 from megnorm.layers.dispatch import Dispatch, Routing
 from megnorm.layers.env import Env
 from megnorm.layers.moe import Experts, MoE
+from megnorm.layers.recompute import Recompute
 from megnorm.metrics.throughput import flops_per_token
 from megnorm.models.causal import CausalLM, Tokens, build_model
 from megnorm.models.config import ModelConfig, MoEConfig
@@ -188,6 +189,39 @@ def test_the_losses_do_not_depend_on_micro_batches() -> None:
     parts = [model(Tokens(t, t, m))[1] for t, m in zip(tokens.split(1, 1), mask.split(1, 1), strict=True)]
     assert abs(float((whole - sum(parts)).detach())) > 1e-3 * float(whole.detach())
     assert isinstance(model.eval()(Tokens(tokens, tokens, mask)), Tensor), "an evaluation is the loss of tokens alone"
+
+
+@pytest.mark.parametrize("over", ["sequence", "micro_batch"])
+def test_layers_balanced_together(over: str) -> None:
+    """E sum_e f_e P_e of shares and scores that are means over the layers; recomputed blocks leave the same."""
+    cfg = cases.config("preln", moe="dropless").model
+    moe = replace(cfg.moe, balance_over=over, balance_across="layers", balance_loss=0.7, z_loss=0.0)
+    cfg = replace(cfg, moe=moe)
+    model = build_model(cfg, Env(dtype=torch.float64), seed=2)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 97, (8, 3), generator=generator)
+    mask = (torch.rand(8, 3, generator=generator) < 0.5).double()
+    logits: list[Tensor] = []
+    for _, one in router.routers(model):
+        one.register_forward_hook(lambda one, inputs, out: logits.append(inputs[0] @ one.weight.t()))
+    found = model(Tokens(tokens, tokens, mask))[1]
+    assert len(logits) == cfg.sparse_layers > 1
+    p = torch.stack(logits).softmax(-1)  # [layers, s, b, experts]
+    picked = torch.zeros_like(p).scatter_(-1, p.topk(moe.top_k).indices, 1.0) / moe.top_k
+    kept = (0, 1) if over == "sequence" else (0, 1, 2)
+    balance = moe.experts * (picked.mean(kept) * p.mean(kept)).sum(-1)
+    weight = mask.sum(0) if over == "sequence" else mask.sum()
+    wanted = 0.7 * (balance * weight).sum()
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0.0)
+    weights = [one.weight for _, one in router.routers(model)]
+    grads = torch.autograd.grad(found, weights, retain_graph=True)
+    for ours, theirs in zip(grads, torch.autograd.grad(wanted, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    again = build_model(cfg, Env(dtype=torch.float64, recompute=Recompute(("block",))), seed=2)
+    sum(again(Tokens(tokens, tokens, mask))).backward()
+    sum(model(Tokens(tokens, tokens, mask))).backward()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
 
 
 def test_an_even_router_has_balance_one() -> None:

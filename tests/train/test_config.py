@@ -69,6 +69,13 @@ def test_one_norm_needs_branches_that_share_it() -> None:
         make_plan(configs.load(None, [one, "model.family=encdec"]), 1)
 
 
+def test_layers_balanced_together_are_of_one_stage() -> None:
+    moe = ["model.moe.experts=4", "model.moe.balance_loss=0.1", "model.moe.balance_across=layers"]
+    assert make_plan(configs.load(None, moe), 2).config.parallel.pp == 1
+    with pytest.raises(PlanError, match="parallel.pp=2 runs them in turn"):
+        make_plan(configs.load(None, [*moe, "parallel.pp=2"]), 2)
+
+
 def test_true_is_no_number() -> None:
     with pytest.raises(configs.ConfigError, match="model.layers: true"):
         configs.load(None, ["model.layers=true"])

@@ -65,6 +65,8 @@ def mesh_of(case: Case, tp: int, pp: int = 1) -> Mesh:
             raise NotCovered(f"tp {tp} does not divide {name} {size}")
     if model.kv % tp and tp % model.kv:
         raise NotCovered(f"tp {tp} and kv_heads {model.kv} do not divide each other")
+    if pp > 1 and model.moe.balance_across == "layers":
+        raise NotCovered("one balance loss of all layers together, which stages run in turn")
     layers = model.layers + model.source_layers
     if layers < pp:
         raise NotCovered(f"pp {pp} asks for a layer each, of {layers}")
@@ -87,7 +89,9 @@ def run(case: Case, mesh: Mesh | None = None) -> Errors:
     parts, count = _parts(case, mesh)
     logits = _logits(stage, parts, mesh)[: case.tokens.shape[1]].transpose(0, 1)
     schedule = make_schedule("1f1b", pp.size, 1, len(parts))
-    loss = all_reduce(Pipeline({pp.rank: stage}, mesh).run(schedule, parts, weight=1.0 / count), pp)
+    executor = Pipeline({pp.rank: stage}, mesh)
+    loss = executor.run(schedule, parts, weight=1.0 / count)
+    loss = all_reduce(loss + executor.extra.to(loss), pp)  # and what sparse layers add to it
     return errors_of(case, logits, loss, gradients(stage, mesh))
 
 
@@ -181,7 +185,7 @@ def _take_table(stage: Model, table: Tensor) -> str:
 
 
 def _parts(case: Case, mesh: Mesh) -> tuple[list[Input], int]:
-    """The golden's sequences as micro-batches [s, 1], and the number of tokens with a loss.
+    """The golden's sequences as micro-batches [s, 1] (as one, if experts balance over that), and the tokens with a loss.
 
     Tails are filled to a multiple of tp; causal models do not see the filling, and to encoders it is padding.
     """
@@ -196,6 +200,8 @@ def _parts(case: Case, mesh: Mesh) -> tuple[list[Input], int]:
     )
     mask = labels != -100
     count, rows = int(mask.sum()), range(tokens.shape[1])
+    if case.model.moe.balance_over == "micro_batch":
+        return [Tokens(tokens, labels, mask.to(case.dtype), positions)], count
     plain: list[Any] = [_columns(i, tokens, labels, mask.to(case.dtype)) for i in rows]
     if case.model.family == "causal":
         return [Tokens(*plain[i], *_columns(i, positions)) for i in rows], count

@@ -55,6 +55,9 @@ class Olmoe(Llama):
         fields |= {self.width: model.expert_ffn, self.count: moe.experts, "num_experts_per_tok": moe.top_k}
         if self.normalizes is None:
             fields["norm_topk_prob"] = moe.normalize
+        if moe.balance_loss and (moe.balance_over, moe.balance_across) == ("micro_batch", "layers"):
+            # the class adds shares over the k choices, and so has a loss k times as large
+            fields |= {"output_router_logits": True, "router_aux_loss_coef": moe.balance_loss / moe.top_k}
         if self.dense_layers:
             dense = [i for i in range(model.layers) if not model.sparse(i)]
             fields |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
@@ -74,6 +77,9 @@ class Olmoe(Llama):
             ffn=None if config[self.width] == model.ffn else config[self.width],
             normalize=bool(config.get("norm_topk_prob", False)) if self.normalizes is None else self.normalizes,
         )
+        if config.get("output_router_logits") and config.get("router_aux_loss_coef"):
+            coefficient = config["router_aux_loss_coef"] * moe.top_k
+            moe = replace(moe, balance_loss=coefficient, balance_over="micro_batch", balance_across="layers")
         return replace(model, moe=_placed(moe, model, config))
 
 
