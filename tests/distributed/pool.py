@@ -17,6 +17,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class Pool:
         self.world = world
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._folder = ""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Call ``function(rank, world, *args, **kwargs)`` on every rank; the results by rank. timeout in seconds."""
@@ -63,7 +65,8 @@ class Pool:
         # Ranks are copies of a process that has read torch already: eight of them start in a second, not in half a minute.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megnorm.train.build"])
-        store = os.path.join(tempfile.mkdtemp(prefix="megnorm-ranks-"), "store")
+        self._folder = tempfile.mkdtemp(prefix="megnorm-ranks-")
+        store = os.path.join(self._folder, "store")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -108,6 +111,7 @@ class Pool:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def pool(world: int) -> Pool:
