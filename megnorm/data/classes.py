@@ -78,8 +78,11 @@ def _numbers(path: str, labels: list[str]) -> NDArray[np.float32]:
 class ClassLoader:
     """Batches of ``begin text end [text end]``, cut to sequence_length by shortening the longest text first.
 
-    classes: their names in order, those of data.classes.names or of the training file; empty for regression.
+    classes: their names in order, those of data.classes.names or of the training file; empty for regression. texts: in a row.
+    types: token types that the model has, one for each text; 1: all texts have the same one, as RoBERTa's; 0: none.
     """
+
+    types = 0
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class ClassLoader:
                 raise DataError(f"{path}: classes {sorted(unknown)} are not among {list(self.classes)}.")
         marks = [id_of(tokenizer, getattr(options, side), f"data.classes.{side}") for side in ("begin", "end")]
         self.length, self.seed, self.pad, self.path = sequence_length, seed, config.pad, path
+        self.texts = len(rows[0])
         if sequence_length < 2 * len(rows[0]) + 1:
             raise DataError(f"train.sequence_length={sequence_length} has no room for {len(rows[0])} texts: raise it.")
         self.labels = _numbers(path, labels) if options.regression else _places(labels, self.classes)
@@ -156,5 +160,7 @@ class ClassLoader:
         mask = np.zeros((self.length, part), np.float32)
         for column, place in enumerate(places.tolist()):
             row, segment = self.rows[place]
+            if self.types == 1:
+                segment = np.zeros_like(segment)
             tokens[: len(row), column], segments[: len(row), column], mask[: len(row), column] = row, segment, 1.0
         return ClassBatch(*(torch.from_numpy(array) for array in (tokens, mask, segments, self.labels[places])))

@@ -34,6 +34,17 @@ class MaskConfig:
     begin: str | None = None
     end: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            ("probability", 0.0 < self.probability <= 1.0, "above 0 and at most 1"),
+            ("keep", 0.0 <= self.keep <= 1.0, "from 0 to 1"),
+            ("swap", self.swap >= 0.0 and self.keep + self.swap <= 1.0 + 1e-9, "from 0 to 1 - data.mask.keep"),
+            ("mean_span", self.mean_span >= 1.0, "at least 1"),
+            ("longest_span", self.longest_span >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ValueError(f"data.mask.{name}={getattr(self, name)} must be {wanted}")
+
 
 @dataclass(frozen=True)
 class SpanConfig:

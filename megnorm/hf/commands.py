@@ -80,11 +80,10 @@ def _from_hf(args: argparse.Namespace) -> int:
     from megnorm.hf.native import write_native
 
     read = from_hf(args.source)
-    beside = args.source if (args.source / "tokenizer.json").is_file() else None
-    tokenizer = None if args.no_tokenizer else args.tokenizer or beside
-    path = write_native(
-        args.out, read.model, read.resolved, read.state, tokenizer=None if tokenizer is None else str(tokenizer)
-    )
+    own = args.source if (args.source / "tokenizer.json").is_file() else None
+    tokenizer = None if args.no_tokenizer else args.tokenizer or own
+    beside = None if tokenizer is None else str(tokenizer)
+    path = write_native(args.out, read.model, read.resolved, read.state, tokenizer=beside, ids=read.ids)
     if tokenizer is None and not args.no_tokenizer:
         print(f"{args.source} holds no tokenizer; set data.tokenizer in {args.out / 'config.yaml'}", file=sys.stderr)
     print(f"read {args.source} ({read.architecture}) and wrote {path}")

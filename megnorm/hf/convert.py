@@ -41,12 +41,14 @@ class Export:
 
 @dataclass(frozen=True)
 class Imported:
-    """A folder read back: config, resolved scheme, full logical tensors by canonical name, and the class it had."""
+    """A folder read back: config, resolved scheme, full logical tensors by canonical name, the class it had, and the special
+    tokens that its config names."""
 
     model: ModelConfig
     resolved: Resolved
     state: State
     architecture: str
+    ids: SpecialIds = SpecialIds()
 
 
 def to_hf(
@@ -146,7 +148,9 @@ def from_hf(folder: Path) -> Imported:
     if model.tied_head:
         state.pop("head.weight", None)
     custom.check_state(state, model, resolved)
-    return Imported(model, resolved, state, architecture)
+    names = {"pad": "pad_token_id", "start": "decoder_start_token_id"}
+    ids = SpecialIds(**{ours: fields[theirs] for ours, theirs in names.items() if isinstance(fields.get(theirs), int)})
+    return Imported(model, resolved, state, architecture, ids)
 
 
 def _read_config(file: Path, read: Callable[[dict[str, Any]], Read], fields: dict[str, Any]) -> Read:

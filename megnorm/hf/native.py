@@ -12,6 +12,7 @@ from megnorm import config as configs
 from megnorm.checkpoint import io
 from megnorm.hf.tokenizer import SpecialIds
 from megnorm.models.config import ModelConfig
+from megnorm.models.family import TASKS
 from megnorm.norms.resolve import Resolved, from_json, settled
 
 
@@ -110,13 +111,30 @@ def _batch(
 
 
 def write_native(
-    out: Path, model: ModelConfig, resolved: Resolved, state: Mapping[str, Tensor], *, tokenizer: str | None = None
+    out: Path,
+    model: ModelConfig,
+    resolved: Resolved,
+    state: Mapping[str, Tensor],
+    *,
+    tokenizer: str | None = None,
+    ids: SpecialIds | None = None,
 ) -> Path:
-    """Weights as the checkpoint of step 0 of a run folder, with a config.yaml to start from; the checkpoint's path."""
+    """Weights as the checkpoint of step 0 of a run folder, with a config.yaml to start from; the checkpoint's path.
+
+    ids: of padding and of the decoder's first token, where rows are to have others than usual.
+    """
     if (out / "checkpoints").exists():
         raise ValueError(f"{out}: it holds checkpoints already; choose another folder")
     config = configs.RunConfig(model=model)
-    config = replace(config, data=replace(config.data, tokenizer=tokenizer), train=replace(config.train, out=str(out)))
+    task: Any = TASKS[model.family][0]
+    data = replace(config.data, task=task, tokenizer=tokenizer)
+    if ids is not None and model.family != "causal":
+        data = replace(data, pad=data.pad if ids.pad is None else ids.pad, start=ids.start)
+    train = replace(config.train, out=str(out))
+    if model.family == "encdec":  # a bucket of pairs is a micro-batch
+        longest = min(data.pairs.longest, model.max_positions, model.source_positions)
+        data, train = replace(data, pairs=replace(data.pairs, longest=longest)), replace(train, micro_batch=1)
+    config = replace(config, data=data, train=train)
     record: dict[str, Any] = {"step": 0, "config": configs.to_dict(config), "resolved": resolved.to_json()}
     shards = [io.Shard.whole(name, tensor.detach().float().contiguous()) for name, tensor in state.items()]
     path = io.save(out / "checkpoints", 0, shards, record)

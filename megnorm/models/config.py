@@ -51,6 +51,14 @@ class RopeScaling:
         _refuse(self.original is not None and self.original < 1, "model.rope_scaling.original must be at least 1")
         idle = self.kind == "none" and (self.factor != 1.0 or self.original is not None)
         _refuse(idle, "model.rope_scaling says how far but not how; set its kind")
+        if self.kind == "yarn":
+            fast, slow, factor = self.beta_fast, self.beta_slow, self.attention_factor
+            ordered = f"model.rope_scaling.beta_fast={fast} must be above beta_slow={slow}, and that above 0"
+            _refuse(not fast > slow > 0.0, ordered)
+            _refuse(
+                factor is not None and not factor > 0.0,
+                f"model.rope_scaling.attention_factor is {factor}; it must be above 0",
+            )
         if self.kind == "llama3":
             low, high = self.low_freq, self.high_freq
             _refuse(
@@ -208,6 +216,8 @@ class ModelConfig:
     init: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
+        scale = self.embedding_scale
+        _refuse(not (scale == "sqrt_width" or scale > 0), f"model.embedding_scale is {scale}; it must be above 0")
         cap, scaling, rotary = self.logit_softcap, self.rope_scaling.kind, self.positions == "rotary"
         _refuse(cap is not None and not cap > 0, f"model.logit_softcap is {cap}; it must be above 0, or null")
         needs = f"is for rotary positions, but model.positions={self.positions}; drop it"

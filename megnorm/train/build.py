@@ -218,4 +218,12 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, do
         raise PlanError(
             f"model.classes={config.model.classes}, but data.path has {what} as labels; set model.classes={found}"
         )
+    if isinstance(loader, ClassLoader):
+        loader.types = config.model.segments
+        texts = loader.texts
+        if 1 < loader.types < texts:
+            raise PlanError(
+                f"model.segments={loader.types}, but rows of data.path have {texts} texts; set model.segments={texts} for a "
+                "token type each, 1 for one that all share, or 0"
+            )
     return loader

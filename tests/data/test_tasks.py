@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,3 +310,20 @@ def test_options_of_another_task_are_refused(tmp_path: Path, name: str) -> None:
     config = DataConfig(path=numbered(tmp_path / "x", 500), **{name: given.get(name, ClassConfig(label="x"))})
     with pytest.raises(DataError, match=f"data.{name} has no meaning for data.task=causal"):
         open_split(config, "train", sequence_length=16, seed=1, vocab_size=60000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"probability": 0.0},
+        {"probability": 1.5},
+        {"keep": -0.5},
+        {"keep": 0.9, "swap": 0.2},
+        {"mean_span": 0.5},
+        {"longest_span": 0},
+    ],
+)
+def test_masks_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"data\.mask\.{list(options)[-1]}="):
+        MaskConfig(**options)
+    assert MaskConfig(keep=0.9, swap=0.1).swap == 0.1

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megnorm import config as configs
+from megnorm.cli import main
 from megnorm.hf import custom
 from megnorm.hf.compare import difference
 from megnorm.hf.convert import from_hf, to_hf
@@ -19,6 +21,7 @@ from megnorm.hf.native import native_forward
 from megnorm.hf.tokenizer import SpecialIds
 from megnorm.models.config import AttentionConfig, ModelConfig
 from megnorm.models.family import resolve_model
+from megnorm.plan import make_plan
 from tests.hf.test_exports import inputs_of, said
 from tests.hf.tiny import made, random_state, reload
 from tests.marks import thinned
@@ -187,6 +190,19 @@ def test_an_untied_head_is_found_by_its_tensor(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": True}))
     read = from_hf(tmp_path / "a")
     assert not read.model.tied_head and torch.equal(read.state["head.weight"], state["head.weight"])
+
+
+@pytest.mark.parametrize(("name", "pad", "start"), [("t5", 0, 0), ("mbart", 1, None)])
+def test_special_tokens_come_in(name: str, pad: int, start: int | None, shared: Path, tmp_path: Path) -> None:
+    """The run that is written can be planned, and leaves with the ids that it came with."""
+    source = shared / "golden" / "hf" / name
+    assert main(["convert", "--from", "hf", "--no-tokenizer", str(source), str(tmp_path / "run")]) == 0
+    config = configs.load(tmp_path / "run" / "config.yaml", [f"data.path={tmp_path}/pairs"])
+    assert (config.data.task, config.data.pad, config.data.start) == ("pairs", pad, start)
+    assert make_plan(config, 1).config.model.family == "encdec"
+    assert main(["convert", "--to", "hf", "--no-tokenizer", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (fields["pad_token_id"], fields["decoder_start_token_id"]) == (pad, pad if start is None else start)
 
 
 def test_odd_heads_leave_without_rotary_positions(tmp_path: Path) -> None:

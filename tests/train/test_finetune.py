@@ -60,6 +60,19 @@ def classifier(folder: Path, train: str, valid: str, *, classes: int, **train_op
     )  # fmt: skip
 
 
+def test_token_types_are_as_many_as_texts_or_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RoBERTa's one type serves all texts; two do not serve three."""
+    train, valid = (write_tasks(tmp_path, rows, seed)[0] for rows, seed in ((40, 0), (16, 1)))
+    config = str(classifier(tmp_path, train, valid, classes=2, steps=6))
+    assert main(["train", "--config", config, "model.segments=1"]) == 0
+    for path in (train, valid):
+        rows = [line.split("\t") for line in Path(path).read_text().splitlines()]
+        Path(path).write_text("\n".join("\t".join([row[0], *row]) for row in rows).replace("a\ta\tb", "a\tb\tc") + "\n")
+    capsys.readouterr()
+    assert main(["train", "--config", config, "model.segments=2", f"train.out={tmp_path / 'three'}"]) == 2
+    assert "rows of data.path have 3 texts; set model.segments=3" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_numbers_are_learned(tmp_path: Path) -> None:
     train, valid = (write_tasks(tmp_path, rows, seed)[1] for rows, seed in ((400, 0), (51, 1)))
