@@ -157,7 +157,7 @@ def _judge_of_texts(args: argparse.Namespace) -> Judge:
     logging.disable_progress_bar()
     batch = args.batch or 8
     texts = {name: read_texts([name], args.key, args.limit) for name in args.text}
-    tasks = [task for task in args.tasks.split(",") if task]
+    tasks = _tasks(args)
 
     def judge(source: Path) -> None:
         generator = load(source, dtype=getattr(torch, args.dtype), device=_device(args), tokenizer=args.tokenizer)
@@ -224,7 +224,16 @@ def _report(
     if out is None and args.follow is not None:
         out = args.source / RESULTS
     if out is not None:
-        Report(str(source), step, results, signatures).append(out)
+        Report(str(source), step, results, signatures, _asked(args)).append(out)
+
+
+def _asked(args: argparse.Namespace) -> list[str]:
+    """What is judged by: names of files and tasks."""
+    return [*args.text, *_tasks(args), *map(str, args.pairs)]
+
+
+def _tasks(args: argparse.Namespace) -> list[str]:
+    return [task for task in args.tasks.split(",") if task]
 
 
 def _step(source: Path) -> int | None:
@@ -242,7 +251,7 @@ def _follow(args: argparse.Namespace, judge: Judge) -> int:
 
     out = args.out or args.source / RESULTS
     while True:
-        done = done_steps(out)
+        done = done_steps(out, _asked(args))
         for path in folder.steps(args.source / "checkpoints"):
             if not folder.is_complete(path):  # being deleted by the run: it keeps the newest ones
                 continue

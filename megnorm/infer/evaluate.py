@@ -105,21 +105,26 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """One line of ``eval.jsonl``. step: of the checkpoint; None: an exported folder. signatures: of scores that have them."""
+    """One line of ``eval.jsonl``. step: of the checkpoint; None: an exported folder. signatures: of scores that have them.
+    asked: names of the files and tasks that it was judged by, of which one may have several results."""
 
     source: str
     step: int | None
     results: Mapping[str, Mapping[str, float]]
     signatures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    asked: Sequence[str] = ()
 
     def append(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {name: value for name, value in asdict(self).items() if value or name != "signatures"}
+        record = {name: value for name, value in asdict(self).items() if value or name not in ("signatures", "asked")}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def done_steps(path: Path) -> set[int]:
-    """Steps that a file of reports holds."""
+def done_steps(path: Path, asked: Sequence[str]) -> set[int]:
+    """Steps that a file of reports holds, judged by all that is asked for."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {step for step in (json.loads(line)["step"] for line in lines) if step is not None}
+    found: dict[int | None, set[str]] = {}
+    for line in map(json.loads, lines):
+        found.setdefault(line["step"], set()).update(line.get("asked") or line["results"])
+    return {step for step, names in found.items() if step is not None and names >= set(asked)}

@@ -149,6 +149,11 @@ def test_every_checkpoint_of_a_run_is_judged_once(tmp_path: Path) -> None:
         assert cli.main(["eval", str(tmp_path / "run"), "--text", str(texts), "--follow", "0.1"]) == 0
         lines = (tmp_path / "run" / "eval.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    other = tmp_path / "others.jsonl"
+    other.write_text(json.dumps({"text": "other words"}) + "\n")
+    assert cli.main(["eval", str(tmp_path / "run"), "--text", str(texts), str(other), "--follow", "0.1"]) == 0
+    lines = (tmp_path / "run" / "eval.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 2, 4], "what was not asked for before is judged"
     record = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert record[-1]["valid_bits_per_byte"] > 0.0 and record[-1]["valid_word_perplexity"] > 1.0
 
