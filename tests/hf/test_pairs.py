@@ -19,8 +19,12 @@ from megnorm.hf.families.registry import FAMILIES, choose
 from megnorm.hf.fold import fold, fold_skip
 from megnorm.hf.native import native_forward
 from megnorm.hf.tokenizer import SpecialIds
+from megnorm.infer.beam import Beam, beam_search
+from megnorm.layers.env import Env
 from megnorm.models.config import AttentionConfig, ModelConfig
+from megnorm.models.encdec import EncoderDecoder
 from megnorm.models.family import resolve_model
+from megnorm.parallel.layout import named_matrices
 from megnorm.plan import make_plan
 from tests.hf.test_exports import inputs_of, said
 from tests.hf.tiny import made, random_state, reload
@@ -75,6 +79,31 @@ def test_a_class_of_transformers_computes_the_same(
     loaded.save_pretrained(tmp_path / "b")  # as transformers writes it
     again = from_hf(tmp_path / "b")
     assert again.model == read.model and all(torch.equal(again.state[key], read.state[key]) for key in read.state)
+
+
+@pytest.mark.parametrize("name", ["T5", "MBart", "Bart"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_beam_search_is_that_of_the_exported_folder(name: str, size: int, tmp_path: Path) -> None:
+    """Token for token, with caches and without."""
+    scheme, kind, options = next(row[1:] for row in EXACT if row[0] == name)
+    model, resolved, state = made(scheme, kind, **{**options, "vocab_size": 9})
+    start, end, pad = 0, 2, 1
+    to_hf(state, model, resolved, out=tmp_path / "a", ids=SpecialIds(start=start, pad=pad, eos=end))
+    theirs = reload(tmp_path / "a", dtype=torch.float64)
+    ours = EncoderDecoder(model, resolved, model.vocab_size, Env(dtype=torch.float64)).eval()
+    for named in named_matrices(ours):
+        named.view().copy_(state[named.name])
+    source = torch.randint(3, 9, (4, 9), generator=torch.Generator().manual_seed(4))
+    real = torch.arange(9) < torch.tensor([9, 7, 4, 2])[:, None]
+    wide = {"num_beams": size, "length_penalty": 0.6, "early_stopping": "never"} if size > 1 else {}
+    found = []
+    for cached in (True, False):
+        found.append(beam_search(ours, source.t(), real.t(), Beam(start, end, size, 0.6, longest=12, cached=cached)))
+        rows = theirs.generate(
+            source, attention_mask=real.long(), max_new_tokens=12, do_sample=False, use_cache=cached, **wide
+        )
+        found.append([row[: row.index(end)] if end in row else row[:12] for row in rows[:, 1:].tolist()])
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 REFUSED: list[tuple[str, str, str, dict[str, Any]]] = [
