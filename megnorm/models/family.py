@@ -39,6 +39,11 @@ def problem(m: ModelConfig) -> str | None:
         return f"model.positions=alibi looks back alone, which model.family={m.family} does not; use learned or rotary"
     if m.family != "causal" and m.attention.window is not None:
         return f"model.attention.window looks back alone, which model.family={m.family} does not; leave it out"
+    if m.family == "encdec" and m.rope_scaling.kind == "dynamic":
+        return (
+            "model.rope_scaling.kind=dynamic turns all tokens anew with the length of a row, which a decoder's cache has not; "
+            "use yarn or linear"
+        )
     if m.family == "classifier" and m.classes < 1:
         return "model.classes is 0; set it to the number of classes, or to 1 for a model that tells a number"
     buckets = m.relative_buckets

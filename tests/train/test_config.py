@@ -69,6 +69,13 @@ def test_one_norm_needs_branches_that_share_it() -> None:
         make_plan(configs.load(None, [one, "model.family=encdec"]), 1)
 
 
+def test_a_decoder_does_not_turn_its_cache_anew() -> None:
+    words = ["model.family=encdec", "data.task=pairs", "train.micro_batch=1", "model.rope_scaling.factor=2"]
+    assert make_plan(configs.load(None, [*words, "model.rope_scaling.kind=linear"]), 1).config.model.family == "encdec"
+    with pytest.raises(PlanError, match="use yarn or linear"):
+        make_plan(configs.load(None, [*words, "model.rope_scaling.kind=dynamic"]), 1)
+
+
 def test_layers_balanced_together_are_of_one_stage() -> None:
     moe = ["model.moe.experts=4", "model.moe.balance_loss=0.1", "model.moe.balance_across=layers"]
     assert make_plan(configs.load(None, moe), 2).config.parallel.pp == 1
