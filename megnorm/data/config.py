@@ -100,7 +100,7 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class ClassConfig:
-    """Classification. data.path, data.valid and data.test name TSV (with a header) or JSONL files.
+    """Classification. data.path and data.valid name TSV (with a header) or JSONL files.
 
     texts, label: columns; by default all but the last, and the last. names: the classes in order; by default those of
     the training file, sorted. begin, end: names of the tokens before the first text and behind each. regression: the label

@@ -219,6 +219,8 @@ def open_data(plan: Plan, split: str, state: Mapping[str, Any] | None = None, do
             f"model.classes={config.model.classes}, but data.path has {what} as labels; set model.classes={found}"
         )
     if isinstance(loader, ClassLoader):
+        if config.data.test:
+            raise PlanError("data.test: training scores data.valid alone; leave it out, or name its file as data.valid")
         loader.types = config.model.segments
         texts = loader.texts
         if 1 < loader.types < texts:

@@ -65,6 +65,8 @@ def test_token_types_are_as_many_as_texts_or_one(tmp_path: Path, capsys: pytest.
     train, valid = (write_tasks(tmp_path, rows, seed)[0] for rows, seed in ((40, 0), (16, 1)))
     config = str(classifier(tmp_path, train, valid, classes=2, steps=6))
     assert main(["train", "--config", config, "model.segments=1"]) == 0
+    assert main(["train", "--config", config, f"data.test={valid}", f"train.out={tmp_path / 'judged'}"]) == 2
+    assert "training scores data.valid alone" in capsys.readouterr().err
     for path in (train, valid):
         rows = [line.split("\t") for line in Path(path).read_text().splitlines()]
         Path(path).write_text("\n".join("\t".join([row[0], *row]) for row in rows).replace("a\ta\tb", "a\tb\tc") + "\n")
