@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megnorm.hf.families.base import ACTIVATIONS, Family, Pattern, activation, one_eps
-from megnorm.hf.families.gpt2 import with_norm_biases
+from megnorm.hf.families.base import Pattern, activation, one_eps
+from megnorm.hf.families.gpt2 import GPT2, with_norm_biases
 from megnorm.hf.families.neox import in_order
 from megnorm.hf.fold import State
 from megnorm.models.config import GATED, ModelConfig
@@ -15,9 +15,10 @@ THETA = 10000.0
 """Of its rotary positions; the config has no field for it."""
 
 
-class GPTJ(Family):
+class GPTJ(GPT2):
     """Of a head's features it turns the first ones, 2j with 2j + 1. Biases on the feed-forward and the head alone."""
 
+    name = "gptj"
     architecture = "GPTJForCausalLM"
     pattern = Pattern("layernorm", frozenset({"input"}))
     partial_rotary = True
@@ -49,22 +50,7 @@ class GPTJ(Family):
         return one_eps(resolved)
 
     def config(self, model: ModelConfig, resolved: Resolved) -> dict[str, Any]:
-        return {
-            "model_type": self.name,
-            "vocab_size": model.vocab_size,
-            "n_embd": model.width,
-            "n_inner": model.ffn,
-            "n_layer": model.layers,
-            "n_head": model.heads,
-            "n_positions": model.max_positions,
-            "rotary_dim": model.rotary_dim,
-            "activation_function": ACTIVATIONS[model.activation],
-            "layer_norm_epsilon": resolved.final.eps if resolved.final else None,
-            "embd_pdrop": model.dropout,
-            "resid_pdrop": model.dropout,
-            "attn_pdrop": model.attention_dropout,
-            "tie_word_embeddings": model.tied_head,
-        }
+        return super().config(model, resolved) | {"rotary_dim": model.rotary_dim}
 
     def transform(self, state: State, model: ModelConfig) -> State:
         made = in_order(with_norm_biases(state), model, theirs=True, neighbours=True)
